@@ -1,0 +1,32 @@
+"""Budgets for bodies: reserved whole before a byte of them is taken (spec 03)."""
+
+from __future__ import annotations
+
+
+class Quota:
+    """`limit` bytes, of which each `reserve` takes a part, also from `parent` where there is one."""
+
+    def __init__(self, limit: int, parent: Quota | None = None) -> None:
+        self.limit = limit
+        self.used = 0
+        self.parent = parent
+
+    @property
+    def left(self) -> int:
+        own = self.limit - self.used
+        return own if self.parent is None else min(own, self.parent.left)
+
+    def reserve(self, size: int) -> bool:
+        """Take `size` bytes, or return False and take nothing."""
+        if size > self.left:
+            return False
+        self._add(size)
+        return True
+
+    def release(self, size: int) -> None:
+        self._add(-size)
+
+    def _add(self, size: int) -> None:
+        self.used += size
+        if self.parent is not None:
+            self.parent._add(size)

@@ -1,0 +1,130 @@
+"""Which frame goes on the wire next: control, then streams by class, fair within one (spec 03)."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from enum import IntEnum
+
+from petalite import limits
+from petalite.wire.frames import Buffer, data_prefix
+
+
+class Priority(IntEnum):
+    """Class of a message. A lower number overtakes a higher one between any two frames."""
+
+    STEP = 0
+    DHT = 1
+    BULK = 2
+
+
+class Outgoing:
+    """A message waiting to be written: its head frame, made only when its turn comes, and its body pieces."""
+
+    __slots__ = ("_at", "_pieces", "make_head", "on_end", "priority", "stream", "unsent")
+
+    def __init__(
+        self,
+        make_head: Callable[[], tuple[int, bytes]],
+        body: Sequence[Buffer],
+        priority: Priority,
+        on_end: Callable[[], None],
+    ) -> None:
+        """`make_head()` gives stream id and plaintext head frame: ids rise in the order of writing."""
+        self.make_head = make_head
+        self.priority = priority
+        self.on_end = on_end
+        self.stream = 0
+        self._pieces = deque(view for view in (memoryview(piece).cast("B") for piece in body) if len(view))
+        self._at = 0
+        self.unsent = sum(len(piece) for piece in self._pieces)
+
+    def take(self, most: int) -> memoryview:
+        """The next at most `most` body bytes, never across two pieces."""
+        piece = self._pieces[0]
+        part = piece[self._at : self._at + most]
+        self._at += len(part)
+        self.unsent -= len(part)
+        if self._at == len(piece):
+            self._pieces.popleft()
+            self._at = 0
+        return part
+
+
+# A frame ready for encryption: its plaintext is prefix + body. The body is not copied until it is encrypted.
+Plain = tuple[bytes, memoryview | None]
+
+
+class PriorityWriter:
+    """Queues messages and hands out frames. Pure: it neither encrypts nor sends."""
+
+    def __init__(self) -> None:
+        self._control: deque[bytes] = deque()
+        self._classes: tuple[deque[Outgoing], ...] = tuple(deque() for _ in Priority)
+        self._turns_without_lower = 0
+        self._lower_turn = 0
+        self.queued_bytes = 0
+
+    def __bool__(self) -> bool:
+        return bool(self._control) or any(self._classes)
+
+    def control(self, frame: bytes) -> None:
+        self._control.append(frame)
+
+    def put(self, message: Outgoing) -> None:
+        self._classes[message.priority].append(message)
+        self.queued_bytes += message.unsent
+
+    def remove(self, message: Outgoing) -> None:
+        """Forget what is left of `message`; nothing happens if it is through already."""
+        queue = self._classes[message.priority]
+        if message in queue:
+            queue.remove(message)
+            self.queued_bytes -= message.unsent
+
+    def take(self, budget: int) -> list[Plain]:
+        """Frames worth about `budget` bytes, in wire order."""
+        frames: list[Plain] = []
+        while budget > 0:
+            if self._control:
+                frame = self._control.popleft()
+                frames.append((frame, None))
+                budget -= len(frame)
+            elif any(self._classes):
+                budget -= self._one_turn(frames)
+            else:
+                break
+        return frames
+
+    def _one_turn(self, frames: list[Plain]) -> int:
+        queue = self._next_class()
+        message = queue[0]
+        written = 0
+        if not message.stream:
+            message.stream, head = message.make_head()
+            frames.append((head, None))
+            written = len(head)
+        if message.unsent:
+            alone = sum(map(len, self._classes)) == 1
+            part = message.take(limits.MAX_DATA if alone else limits.SHARED_QUANTUM)
+            self.queued_bytes -= len(part)
+            frames.append((data_prefix(message.stream, not message.unsent, len(part)), part))
+            written += len(part)
+        queue.popleft()
+        if message.unsent:
+            queue.append(message)
+        else:
+            message.on_end()
+        return written
+
+    def _next_class(self) -> deque[Outgoing]:
+        waiting = [queue for queue in self._classes if queue]
+        if len(waiting) == 1:
+            self._turns_without_lower = 0
+            return waiting[0]
+        self._turns_without_lower += 1
+        if self._turns_without_lower >= limits.LOW_CLASS_EVERY:
+            self._turns_without_lower = 0
+            self._lower_turn += 1
+            return waiting[1 + self._lower_turn % (len(waiting) - 1)]
+        return waiting[0]
