@@ -56,6 +56,8 @@ MAX_RETRY_AFTER_SECONDS = 30.0
 SHARED_QUANTUM = 16 * 1024  # body bytes of one stream in a row while others wait; MAX_DATA when it is alone
 LOW_CLASS_EVERY = 16
 WRITE_AHEAD = 256 * 1024
+WRITE_AHEAD_SLOW = 16 * 1024
+MAX_CONTROL_QUEUE = 256 * 1024  # a peer that reads nothing is not read from either
 
 # msgpack (spec/04)
 MAX_NESTING = 16
@@ -81,3 +83,45 @@ MAX_SESSIONS = 4_096
 PREFILL_TOKENS = 256
 PREFILL_BYTES = 2 * 2**20
 MAX_HOPS = 16
+
+# DHT (spec/09). Times in seconds.
+DHT_K = 20
+DHT_ALPHA = 3
+DHT_TAIL_ALPHA = 8  # once the nearest known peer has answered, the rest of the k must be asked anyway
+DHT_PATHS = 4
+DHT_SIBLINGS = 16
+DHT_REPLACEMENTS = 10
+DHT_BUCKET_PER_SUBNET = 2
+DHT_TABLE_PER_SUBNET = 10
+DHT_QUORUM = 3
+DHT_MAX_ASKED = 160
+DHT_MIN_TIMEOUT = 0.5
+DHT_MAX_TIMEOUT = 3.0
+DHT_FIRST_TIMEOUT = 1.0
+DHT_REFRESH_SECONDS = 3600.0
+DHT_TICK_SECONDS = 30.0
+DHT_CHECK_AFTER_SECONDS = 300.0  # a contact silent for longer is pinged before a newcomer may take its place
+DHT_MARKS = 3  # offences after which a peer leaves the table
+DHT_MARK_SECONDS = 600.0
+DHT_RATE = 20.0  # requests a second from one peer, and how many at once
+DHT_BURST = 100.0
+DHT_MAX_RATED_PEERS = 4_096
+DHT_DIAL_BURST = 20.0  # dials to one host at once, and then a second
+DHT_DIAL_RATE = 1.0
+DHT_BACKOFF_SECONDS = 10.0
+DHT_MAX_BACKOFF_SECONDS = 600.0
+DHT_MAX_BACKOFFS = 4_096
+MAX_CONTACT_ADDRESSES = 4
+MAX_CONTACT_ADDRESS = 56
+
+# DHT records (spec/10)
+MAX_RECORD_PAYLOAD = 1_000
+MAX_RECORDS_PER_MESSAGE = 10
+MAX_RECORD_PAGES = 32
+RECORD_EXPIRY_SECONDS = 3600
+ANNOUNCEMENT_EXPIRY_SECONDS = 600
+RECORDS_PER_PEER = 64
+RECORDS_PER_SUBNET = 256
+RECORDS_TOTAL = 50_000
+SUBKEYS_PER_KEY = 256
+SUBKEY_STALE_SECONDS = 300
