@@ -52,8 +52,9 @@ class Protocol:
     messages: tuple[tuple[str, ...], ...]
 
     @property
-    def has_psk(self) -> bool:
-        return any("psk" in tokens for tokens in self.messages)
+    def psks(self) -> int:
+        """How many psk tokens there are."""
+        return sum(tokens.count("psk") for tokens in self.messages)
 
 
 def parse_protocol_name(name: str) -> Protocol:
@@ -102,8 +103,8 @@ _nonce = struct.Struct("<4xQ").pack  # section 12: 32 bits of zeros, then n litt
 class CipherState:
     """Section 5.1: a key and a nonce. `k` None means empty: data then passes as it is.
 
-    Decryption that fails raises RemoteProtocolError(DECRYPT) and leaves `n` as it was; so does a used-up nonce on
-    the receiving side. On the sending side that is a LocalProtocolError: a connection must have ended long before.
+    Decryption that fails, or meets a used-up nonce, raises RemoteProtocolError(DECRYPT) and leaves `n` as it was.
+    A used-up nonce on the sending side is a LocalProtocolError: the connection must have ended long before.
     """
 
     def __init__(self, key: bytes | None = None) -> None:
@@ -118,7 +119,6 @@ class CipherState:
         return self._aead is not None
 
     def encrypt_with_ad(self, ad: bytes, plaintext: Buffer) -> bytes:
-        """The ciphertext with its 16-byte tag."""
         if self._aead is None:
             return bytes(plaintext)
         self._check_sending(len(plaintext) + TAGLEN)
@@ -127,7 +127,6 @@ class CipherState:
         return ciphertext
 
     def decrypt_with_ad(self, ad: bytes, ciphertext: Buffer) -> bytes:
-        """The plaintext; RemoteProtocolError if the tag is wrong."""
         if self._aead is None:
             return bytes(ciphertext)
         self._check_receiving(len(ciphertext))
@@ -288,9 +287,7 @@ class HandshakeState:
         random: gives the 32 private bytes of `e` when its token comes.
 
     A message that fails, ours or theirs, leaves no trace: every value is as it was before the call.
-
-    Raises:
-        ValueError: the protocol is unknown, or a key that it needs is missing.
+    ValueError: the protocol is unknown, or a key that it needs is missing.
     """
 
     def __init__(
@@ -312,9 +309,8 @@ class HandshakeState:
         self._random = random
         self._psks = tuple(psks)
         self._next = 0  # index of the message that comes next
-        wanted = sum(tokens.count("psk") for tokens in self.protocol.messages)
-        if len(self._psks) != wanted or any(len(psk) != 32 for psk in self._psks):
-            raise ValueError(f"{protocol_name} needs {wanted} pre-shared keys of 32 bytes")
+        if [len(psk) for psk in self._psks] != [32] * self.protocol.psks:
+            raise ValueError(f"{protocol_name} needs {self.protocol.psks} pre-shared keys of 32 bytes")
         self.symmetric = SymmetricState(self.protocol)
         self.symmetric.mix_hash(prologue)
         for by_initiator, pre_message in zip((True, False), self.protocol.pre_messages, strict=True):
@@ -336,9 +332,7 @@ class HandshakeState:
     def write_message(self, payload: bytes = b"") -> bytes:
         """The next message of the pattern, with `payload` in it.
 
-        Raises:
-            LocalProtocolError: not our turn, or the message would exceed 65,535 bytes.
-            HandshakeError: the peer's key turned out to be of low order.
+        LocalProtocolError: not our turn, or over 65,535 bytes. HandshakeError: the peer's key is of low order.
         """
         tokens = self._tokens(ours=True)
         saved = self._checkpoint()
@@ -356,9 +350,7 @@ class HandshakeState:
     def read_message(self, message: bytes) -> bytes:
         """The payload of the peer's next message.
 
-        Raises:
-            LocalProtocolError: not their turn.
-            HandshakeError: too short, too long, does not decrypt, or holds a key of low order.
+        LocalProtocolError: not their turn. HandshakeError: wrong length, does not decrypt, or a key of low order.
         """
         tokens = self._tokens(ours=False)
         saved = self._checkpoint()
@@ -380,8 +372,8 @@ class HandshakeState:
 
     def split(self) -> tuple[TransportCipher, TransportCipher]:
         """(initiator's sending cipher, responder's), after which every secret of the handshake is dropped here."""
-        if not self.complete:
-            raise LocalProtocolError("the handshake is not complete")
+        if not self.complete or not self.symmetric.ck:
+            raise LocalProtocolError("the handshake is not complete, or has been split")
         ciphers = self.symmetric.split()
         # Python cannot wipe memory; without references the keys at least do not outlive the handshake by design.
         self.e = self.s = None
@@ -420,7 +412,7 @@ class HandshakeState:
 
     def _mix_ephemeral(self, public: bytes) -> None:
         self.symmetric.mix_hash(public)
-        if self.protocol.has_psk:  # section 9.2: or two sessions under one psk could share a key
+        if self.protocol.psks:  # section 9.2: or two sessions under one psk could share a key
             self.symmetric.mix_key(public)
 
     def _mix_token(self, token: str) -> None:
