@@ -83,6 +83,8 @@ MAX_SESSIONS = 4_096
 PREFILL_TOKENS = 256
 PREFILL_BYTES = 2 * 2**20
 MAX_HOPS = 16
+MAX_BLOCKS = 4_096  # of one model
+MAX_WORD = 64  # bytes of a name, version or codec in a message
 
 # DHT (spec/09). Times in seconds.
 DHT_K = 20

@@ -17,6 +17,7 @@ from petalite.limits import MAX_ELEMENTS, MAX_FRAME, MAX_KEY, MAX_NESTING, MAX_S
 Buffer = bytes | bytearray | memoryview
 
 _SCALARS: Final = frozenset({int, str, bytes, bool, type(None)})
+_INT: Final = frozenset({int})
 
 
 class _Refused(ValueError):
@@ -197,18 +198,45 @@ class Plain:
 
 
 class Int(Plain):
-    """An integer in low..high, both included; a bool is none."""
+    """An integer in low..high, both included; a bool is none. `code`: what one outside gets."""
 
-    __slots__ = ("high", "low")
+    __slots__ = ("code", "high", "low")
 
-    def __init__(self, low: int = 0, high: int = 2**63 - 1) -> None:
-        self.low, self.high = low, high
+    def __init__(self, low: int = 0, high: int = 2**63 - 1, code: ErrorCode = ErrorCode.BAD_REQUEST) -> None:
+        self.low, self.high, self.code = low, high, code
 
     def check(self, name: str, value: Any) -> None:
         if type(value) is not int:
             raise FieldError(f"field {name!r} must be an integer, not {_word(value)}")
         if not self.low <= value <= self.high:
-            raise FieldError(f"field {name!r} is {value}, must be {self.low}..{self.high}")
+            raise FieldError(f"field {name!r} is {value}, must be {self.low}..{self.high}", self.code)
+
+
+class Ints:
+    """An array of low..high integers, each in 0..top; a tuple in Python. `ListOf(Int())` for long lists."""
+
+    __slots__ = ("high", "low", "top")
+
+    def __init__(self, low: int, high: int, top: int) -> None:
+        self.low, self.high, self.top = low, high, top
+
+    def load(self, name: str, raw: Any) -> tuple[int, ...]:
+        if type(raw) is not list:
+            raise FieldError(f"field {name!r} must be an array, not {_word(raw)}")
+        return tuple(raw)
+
+    def check(self, name: str, value: Any) -> None:
+        if type(value) is not tuple:
+            raise FieldError(f"field {name!r} must be a tuple, not {_word(value)}")
+        if not self.low <= len(value) <= self.high:
+            raise FieldError(f"field {name!r} has {len(value)} entries, must have {self.low}..{self.high}")
+        if not _INT.issuperset(map(type, value)):
+            raise FieldError(f"field {name!r} must hold integers only")
+        if value and not (min(value) >= 0 and max(value) <= self.top):
+            raise FieldError(f"field {name!r} must hold integers in 0..{self.top}")
+
+    def dump(self, value: tuple[int, ...]) -> tuple[int, ...]:
+        return value
 
 
 class Bool(Plain):
