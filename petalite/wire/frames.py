@@ -162,10 +162,8 @@ def decode(data: memoryview) -> Frame:
     Raises RemoteProtocolError(FRAME) for anything malformed and RemoteProtocolError(PROTOCOL) for an unknown
     critical type. A `Data` frame's body is a view into `data`.
     """
-    if data[:2] == b"\x94\x03":
-        fast = _decode_data(data)
-        if fast is not None:
-            return fast
+    if (fast := _decode_data(data)) is not None:
+        return fast
     values = packing.decode(data, max_size=limits.MAX_FRAME, max_str=limits.MAX_FRAME)
     if type(values) is not list or not values or type(values[0]) is not int:
         raise _malformed("a frame is an array that begins with its type")
@@ -191,7 +189,7 @@ _BIN_SIZES = {0xC4: 1, 0xC5: 2, 0xC6: 4}
 def _decode_data(data: memoryview) -> Data | None:
     """DATA in the usual encoding, sliced by hand; None sends anything unusual down the general path."""
     size = len(data)
-    if size < 6:
+    if size < 6 or data[0] != 0x94 or data[1] != FrameType.DATA:
         return None
     at = 2
     stream = data[at]

@@ -64,12 +64,14 @@ class PriorityWriter:
         self._turns_without_lower = 0
         self._lower_turn = 0
         self.queued_bytes = 0
+        self.control_bytes = 0
 
     def __bool__(self) -> bool:
         return bool(self._control) or any(self._classes)
 
     def control(self, frame: bytes) -> None:
         self._control.append(frame)
+        self.control_bytes += len(frame)
 
     def put(self, message: Outgoing) -> None:
         self._classes[message.priority].append(message)
@@ -90,6 +92,7 @@ class PriorityWriter:
                 frame = self._control.popleft()
                 frames.append((frame, None))
                 budget -= len(frame)
+                self.control_bytes -= len(frame)
             elif any(self._classes):
                 budget -= self._one_turn(frames)
             else:

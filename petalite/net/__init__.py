@@ -1,0 +1,1 @@
+"""Trio: dial, listen, one connection a peer, request and reply with deadlines."""

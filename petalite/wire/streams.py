@@ -1,0 +1,120 @@
+"""One stream each: a request of ours, a request of the peer's, and the body that arrives on it (spec 03)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from petalite import limits
+from petalite.errors import ErrorCode, RemoteProtocolError, RequestError
+from petalite.wire.frames import Buffer
+from petalite.wire.quota import Quota
+from petalite.wire.state import IGNORES_LATE_FRAMES, STREAM_TRANSITIONS, StreamEvent, StreamState
+from petalite.wire.writer import Outgoing
+
+
+class IncomingBody:
+    """A body of declared size, reserved whole before its first byte.
+
+    Raises RequestError: BAD_REQUEST above MAX_BODY, RESOURCES when the quota has no room (retry later).
+    """
+
+    __slots__ = ("_quota", "buffer", "filled", "progress_at", "size")
+
+    def __init__(self, size: int, quota: Quota, now: float) -> None:
+        if size > limits.MAX_BODY:
+            raise RequestError(ErrorCode.BAD_REQUEST, f"body of {size} bytes, limit {limits.MAX_BODY}")
+        if not quota.reserve(size):
+            raise RequestError(
+                ErrorCode.RESOURCES,
+                f"no room for a body of {size} bytes, {quota.left} left",
+                {"retry": True, "after": 1000},
+            )
+        self.size = size
+        self.filled = 0
+        self.progress_at = now
+        self.buffer = bytearray(size)
+        self._quota: Quota | None = quota
+
+    def add(self, data: Buffer, end: bool, now: float) -> None:
+        """Append `data`. Raises RequestError(TENSOR) if the body turns out longer or shorter than declared."""
+        filled = self.filled + len(data)
+        if filled > self.size or (filled < self.size) == end:
+            text = f"body of {filled} bytes{'' if end else ' or more'}, {self.size} declared"
+            raise RequestError(ErrorCode.TENSOR, text)
+        self.buffer[self.filled : filled] = data
+        if data:
+            self.progress_at = now
+        self.filled = filled
+
+    def stalled(self, now: float) -> bool:
+        return now - self.progress_at >= limits.BODY_STALL_SECONDS
+
+    def release(self) -> None:
+        """Give the reservation back; the buffer lives as long as somebody holds it."""
+        if self._quota is not None:
+            self._quota.release(self.size)
+            self._quota = None
+
+
+class _Stream:
+    __slots__ = ("body", "head", "method", "state", "stream")
+
+    def __init__(self, stream: int, method: str, head: Mapping[str, Any]) -> None:
+        self.stream = stream
+        self.method = method
+        self.head = head
+        self.state = StreamState.IDLE
+        self.body: IncomingBody | None = None
+
+    def advance(self, event: StreamEvent) -> bool:
+        """Move by the table. False: a late frame to drop. Raises RemoteProtocolError where the table has no entry."""
+        following = STREAM_TRANSITIONS[self.state].get(event)
+        if following is None:
+            if self.state in IGNORES_LATE_FRAMES:
+                return False
+            raise RemoteProtocolError(f"{event.name} on stream {self.stream} in state {self.state.name}")
+        self.state = following
+        return True
+
+    def drop_body(self) -> None:
+        if self.body is not None:
+            self.body.release()
+            self.body = None
+
+
+class OwnRequest(_Stream):
+    """A request that we make. `stream` is 0 until it goes on the wire. `waiter` belongs to the connection's owner."""
+
+    __slots__ = ("max_reply", "outgoing", "reply_head", "sent_at", "waiter")
+
+    def __init__(self, method: str, head: Mapping[str, Any], max_reply: int) -> None:
+        super().__init__(0, method, head)
+        self.max_reply = max_reply
+        self.outgoing: Outgoing | None = None
+        self.reply_head: Mapping[str, Any] = {}
+        self.sent_at = 0.0
+        self.waiter: Any = None
+
+
+class PeerRequest(_Stream):
+    """A request that the peer makes. It counts against MAX_STREAMS until its handler has ended."""
+
+    __slots__ = (
+        "deadline_ms", "handler_running", "max_reply", "outgoing", "progress", "progress_at", "reply_reserved"
+    )  # fmt: skip
+
+    def __init__(self, stream: int, method: str, head: Mapping[str, Any]) -> None:
+        super().__init__(stream, method, head)
+        self.max_reply = 0
+        self.deadline_ms: int | None = None
+        self.handler_running = False
+        self.outgoing: Outgoing | None = None
+        self.progress: Mapping[str, Any] = {"s": "running"}
+        self.progress_at = 0.0
+        self.reply_reserved = 0
+
+    @property
+    def data(self) -> bytearray:
+        """The whole body of the request; empty where there is none."""
+        return self.body.buffer if self.body is not None else bytearray()
