@@ -1,0 +1,165 @@
+"""From a checkpoint to modules: a span of blocks, the embeddings, the head (spec: model).
+
+At most one tensor exists twice at any moment: the one that is being converted, quantized or moved to the device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from petalite.bloom.blocks import Block, Embeddings, Head
+from petalite.bloom.checkpoint import DTYPES, Checkpoint, block_prefix
+from petalite.bloom.manifest import Manifest
+from petalite.bloom.quantize import Int8Linear, quantize_rows
+from petalite.bloom.span import Span
+from petalite.errors import CheckpointError
+
+Quantize = Literal["int8"] | None
+Progress = Callable[[int, int], None]  # blocks loaded, blocks to load
+M = TypeVar("M", bound=nn.Module)
+
+
+def load_span(
+    directory: Path | str,
+    start: int,
+    end: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    quantize: Quantize = None,
+    progress: Progress | None = None,
+    manifest: Manifest | None = None,
+) -> Span:
+    """Load blocks [start, end) and nothing else, in `dtype` or with int8 weights, on `device`.
+
+    With `manifest` every tensor's bytes are checked on their way. `progress` is called first and after each block.
+    Raises `CheckpointError` when the checkpoint or the range is wrong.
+    """
+    reader = _Reader(directory, dtype, device, manifest)
+    config = reader.checkpoint.config
+    if not 0 <= start < end <= config.n_layer:
+        raise CheckpointError(f"{directory}: has blocks 0:{config.n_layer}, cannot serve {start}:{end}")
+    report = progress or (lambda done, total: None)
+    report(0, end - start)
+    blocks = []
+    for index in range(start, end):
+        with torch.device("meta"):
+            block = Block(config)
+        if quantize == "int8":
+            _use_int8(block)
+        blocks.append(reader.fill(block, block_prefix(index)))
+        report(len(blocks), end - start)
+    return Span(config, start, end, blocks)
+
+
+def load_embeddings(
+    directory: Path | str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    manifest: Manifest | None = None,
+) -> Embeddings:
+    """Load the word embeddings and their norm. Raises `CheckpointError`."""
+    reader = _Reader(directory, dtype, device, manifest)
+    with torch.device("meta"):
+        embeddings = Embeddings(reader.checkpoint.config)
+    return reader.fill(embeddings, "")
+
+
+def load_head(
+    directory: Path | str,
+    *,
+    embeddings: Embeddings | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    manifest: Manifest | None = None,
+) -> Head:
+    """Load the final norm and the output matrix. A tied one is taken from `embeddings`, if given: one tensor, not two.
+
+    Raises `CheckpointError`.
+    """
+    reader = _Reader(directory, dtype, device, manifest)
+    config = reader.checkpoint.config
+    with torch.device("meta"):
+        head = Head(config)
+    tied = config.tie_word_embeddings
+    if tied and embeddings is not None:
+        head.lm_head.weight = embeddings.word_embeddings.weight
+        reader.fill(head.ln_f, "ln_f.")
+        return head
+    return reader.fill(head, "", {"lm_head.weight": "word_embeddings.weight"} if tied else {})
+
+
+class _Reader:
+    """Fills modules on the meta device from one checkpoint."""
+
+    def __init__(
+        self, directory: Path | str, dtype: torch.dtype, device: torch.device | str, manifest: Manifest | None
+    ) -> None:
+        self.checkpoint = Checkpoint(directory)
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self.manifest = manifest
+        if manifest is not None:
+            manifest.check_config(self.checkpoint.config, self.checkpoint.directory)
+        self._scratch = torch.empty(0, dtype=torch.uint8)
+
+    def fill(self, module: M, prefix: str, aliases: dict[str, str] | None = None) -> M:
+        """Give every parameter of `module` its tensor: `prefix` + its own name, or what `aliases` says."""
+        tensors: dict[str, Tensor] = {}
+        for name, _ in module.named_parameters():
+            tensors[name] = self._tensor((aliases or {}).get(name, prefix + name))
+        for name, child in module.named_modules():
+            if isinstance(child, Int8Linear):
+                full = f"{prefix}{name}.weight"
+                try:
+                    codes, scale = quantize_rows(self._raw(full))
+                except ValueError as error:
+                    raise CheckpointError(f"{self.checkpoint.directory}: tensor {full}: {error}") from error
+                tensors[f"{name}.weight"] = codes.to(self.device)
+                tensors[f"{name}.scale"] = scale.to(self.device)
+        module.load_state_dict(tensors, assign=True)
+        module.requires_grad_(False)
+        return module.eval()
+
+    def _tensor(self, name: str) -> Tensor:
+        """In our dtype, on our device. Read straight into its final place where file and target agree."""
+        info = self.checkpoint.find(name)
+        if DTYPES[info.dtype] == self.dtype and self.device.type == "cpu":
+            tensor = torch.empty(info.shape, dtype=self.dtype)
+            self._read(name, tensor)
+            return tensor
+        return self._raw(name).to(device=self.device, dtype=self.dtype, copy=True)
+
+    def _raw(self, name: str) -> Tensor:
+        """In the file's dtype, in a scratch buffer that the next call overwrites."""
+        info = self.checkpoint.find(name)
+        if self._scratch.numel() < info.nbytes:
+            self._scratch = torch.empty(info.nbytes, dtype=torch.uint8)
+        tensor = self._scratch[: info.nbytes].view(DTYPES[info.dtype]).view(info.shape)
+        self._read(name, tensor)
+        return tensor
+
+    def _read(self, name: str, into: Tensor) -> None:
+        info = self.checkpoint.find(name)
+        if self.manifest is None:
+            self.checkpoint.read(info, into)
+            return
+        sha = hashlib.sha256()
+        self.checkpoint.read(info, into, sha)
+        self.manifest.check_tensor(name, info, sha.hexdigest())
+
+
+def _use_int8(block: nn.Module) -> None:
+    """Put Int8Linear in every Linear's place."""
+    for parent in list(block.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear):
+                with torch.device("meta"):
+                    setattr(parent, name, Int8Linear(child.in_features, child.out_features))

@@ -1,0 +1,161 @@
+"""Consecutive blocks of one model, as a server runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from petalite.bloom.blocks import Block, Window, alibi_slopes
+from petalite.bloom.cache import Rows
+from petalite.bloom.config import BloomConfig
+from petalite.errors import LocalProtocolError
+
+
+@dataclass(slots=True)
+class Part:
+    """One session's share of a batched step: T new tokens for each of its rows, all of which stand at `position`.
+
+    `pad[i]` tokens at the start of row i are left padding: nobody looks at them (None: no padding).
+    """
+
+    rows: Rows
+    tokens: int
+    position: int
+    pad: Sequence[int] | None = None
+
+
+class Span(nn.Module):
+    """Blocks [start, end). Call it under `torch.inference_mode()`, except to differentiate through `forward`.
+
+    Hidden states at padded positions are finite and otherwise meaningless.
+    """
+
+    def __init__(self, config: BloomConfig, start: int, end: int, blocks: Sequence[Block]) -> None:
+        super().__init__()
+        if not 0 <= start < end <= config.n_layer or len(blocks) != end - start:
+            raise LocalProtocolError(f"a span cannot be {len(blocks)} blocks [{start}, {end}) of {config.n_layer}")
+        self.config = config
+        self.start = start
+        self.end = end
+        self.blocks = nn.ModuleList(blocks)
+        self._layers = tuple(blocks)  # looked up in every step: a tuple, not a ModuleList
+        self._slopes = torch.tensor(alibi_slopes(config.n_head), dtype=torch.float64)
+        self._alibi = torch.empty(config.n_head, 1, 0)
+
+    def forward(self, hidden: Tensor, pad: Sequence[int] | None = None) -> Tensor:
+        """hidden (B, T, C) -> (B, T, C): whole sequences, no cache, causal. Differentiable in `hidden`."""
+        B, T, C = hidden.shape
+        window = self._window(B, T, 0, pad, None, hidden.device)
+        x = hidden.reshape(B * T, C)
+        for layer in self._layers:
+            x = layer(x, (window,), 0)
+        return x.view(B, T, C)
+
+    def step(self, hidden: Tensor, rows: Rows, pad: Sequence[int] | None = None, position: int | None = None) -> Tensor:
+        """hidden (B, T, C) -> (B, T, C): T tokens behind what `rows` hold, prefill or decode.
+
+        `position`: where the first of them goes, if not where the rows stand (a piece of a step not committed yet).
+        Keys and values are written, positions are not moved: `rows.commit(position + T)` does, once the result counts.
+        Rows may stand at different positions. Raises `LocalProtocolError` where the rows are too short.
+        """
+        B, T, C = hidden.shape
+        if rows.batch != B:
+            raise LocalProtocolError(f"{B} rows of hidden states for {rows.batch} rows of cache")
+        if position is not None or rows.positions.count(rows.positions[0]) == B:
+            part = Part(rows, T, rows.positions[0] if position is None else position, pad)
+            return self.step_batch(hidden.reshape(B * T, C), (part,)).view(B, T, C)
+        parts = [Part(rows.row(i), T, p, None if pad is None else pad[i : i + 1]) for i, p in enumerate(rows.positions)]
+        return self.step_batch(hidden.reshape(B * T, C), parts).view(B, T, C)
+
+    def step_batch(self, hidden: Tensor, parts: Sequence[Part]) -> Tensor:
+        """hidden (N, C) -> (N, C), N = sum of rows * tokens over `parts`: steps of several sessions as one.
+
+        Matrix products see all N tokens at once, whatever the parts' lengths and positions; attention goes by parts.
+        """
+        windows = self._windows(hidden, parts)
+        for index, layer in enumerate(self._layers):
+            hidden = layer(hidden, windows, index)
+        return hidden
+
+    def step_blocks(self, hidden: Tensor, parts: Sequence[Part]) -> Iterator[Tensor]:
+        """`step_batch` block by block: yields (N, C) after each, so that a long prefill can let others in between."""
+        windows = self._windows(hidden, parts)
+        for index, layer in enumerate(self._layers):
+            hidden = layer(hidden, windows, index)
+            yield hidden
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of hidden states and of the cache (norms keep it when weights are quantized)."""
+        return self._layers[0].input_layernorm.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._layers[0].input_layernorm.weight.device
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights held."""
+        return sum(t.numel() * t.itemsize for t in [*self.parameters(), *self.buffers()])
+
+    def _windows(self, hidden: Tensor, parts: Sequence[Part]) -> list[Window]:
+        windows = [self._part_window(part, hidden.device) for part in parts]
+        if hidden.shape[0] != sum(w.batch * w.tokens for w in windows):
+            raise LocalProtocolError(f"{hidden.shape[0]} tokens do not fill the {len(parts)} parts of the batch")
+        return windows
+
+    def _part_window(self, part: Part, device: torch.device) -> Window:
+        rows, T, position = part.rows, part.tokens, part.position
+        if len(rows.views) != len(self._layers):
+            raise LocalProtocolError(f"rows of a cache for {len(rows.views)} blocks, span of {len(self._layers)}")
+        if T < 1 or position < 0 or position + T > rows.length:
+            raise LocalProtocolError(f"{T} tokens at position {position} do not fit rows of {rows.length} slots")
+        return self._window(rows.batch, T, position, part.pad, rows.views, device)
+
+    def _window(
+        self,
+        B: int,
+        T: int,
+        position: int,
+        pad: Sequence[int] | None,
+        cache: Sequence[Tensor] | None,
+        device: torch.device,
+    ) -> Window:
+        S = position + T
+        bias = self._bias(S, device)  # (H, 1, S)
+        if B > 1:
+            bias = bias.repeat(B, 1, 1)
+        padded = pad is not None and any(pad)
+        return Window(B, T, S, bias, _mask(T, S, pad if padded else None, device) if T > 1 or padded else None, cache)
+
+    def _bias(self, S: int, device: torch.device) -> Tensor:
+        """(H, 1, S): slope * (j - (S - 1)) for key j. A view: the last S columns of a table, which doubles as it must.
+
+        Measured from the last query: softmax does not see a constant, and near keys keep exact small numbers however
+        long the sequence is.
+        """
+        known = self._alibi.shape[2]
+        if known < S or self._alibi.device != device:
+            with torch.inference_mode(False):  # a later differentiable call may use the same table
+                distance = torch.arange(1 - max(S, 2 * known, 256), 1, dtype=torch.float64)
+                self._alibi = (self._slopes[:, None, None] * distance).to(torch.float32).to(device)
+            known = self._alibi.shape[2]
+        return self._alibi[:, :, known - S :]
+
+
+def _mask(T: int, S: int, pad: Sequence[int] | None, device: torch.device) -> Tensor:
+    """(1 or B, 1, T, S): -inf where key j may not be seen by query i (positions S - T + i), 0 elsewhere.
+
+    Query i sees keys j <= i, and of those not the padded ones, but always itself: a row without any key would be NaN.
+    """
+    key = torch.arange(S, device=device)
+    query = key[S - T :, None]
+    hidden = key > query  # (T, S)
+    hidden = hidden[None, None]
+    if pad is not None:
+        first = torch.tensor(pad, device=device)[:, None, None, None]
+        hidden = hidden | ((key < first) & (key != query))
+    return torch.zeros(hidden.shape, device=device).masked_fill_(hidden, float("-inf"))
