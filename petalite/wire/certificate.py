@@ -31,7 +31,7 @@ class Certificate:
 
 
 def issue(identity: Identity, static_public: bytes, network: bytes, not_after: int) -> bytes:
-    """The payload binding `static_public` (X25519, 32 bytes) to `identity` until `not_after`, in unix s (PT-TRN-030)."""
+    """The payload binding `static_public` (X25519, 32 bytes) to `identity` until `not_after` (unix s) (PT-TRN-030)."""
     signature = identity.sign(_signed(static_public, network, not_after))
     return packing.encode({"k": identity.public_key, "x": not_after, "s": signature})
 
