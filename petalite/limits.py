@@ -73,6 +73,11 @@ INT8_BLOCK = 64
 
 # Sessions (spec/07)
 SESSION_ID_BYTES = 16
+EXPIRY_SECONDS = 1.0
+DRAIN_QUIET_SECONDS = 1.0
+PARK_SECONDS = 10.0  # an unused session may be evicted for room after this
+MAX_STEP_BYTES = 8 * 2**20
+KEPT_REPLY_BYTES = 256 * 2**20  # answers kept for retries, in all
 MAX_SESSION_LENGTH = 2**20
 MAX_BATCH = 1_024
 SESSION_OPEN_SECONDS = 10.0

@@ -88,6 +88,11 @@ class Span(nn.Module):
             yield hidden
 
     @property
+    def layers(self) -> tuple[Block, ...]:
+        """The blocks, first to last."""
+        return self._layers
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype of hidden states and of the cache (norms keep it when weights are quantized)."""
         return self._layers[0].input_layernorm.weight.dtype

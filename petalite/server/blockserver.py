@@ -1,0 +1,97 @@
+"""A served span: its sessions, its executor and what it tells of itself. Loading and listening are the caller's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import trio
+
+from petalite import __version__, limits
+from petalite.bloom.cache import CachePool
+from petalite.bloom.manifest import Manifest
+from petalite.bloom.span import Span
+from petalite.net.connection import Handler
+from petalite.server.executor import Executor, ThreadRunner, run_in_thread
+from petalite.server.handlers import Handlers
+from petalite.server.sessions import SessionTable
+from petalite.wire import messages
+from petalite.wire.tensors import CODECS
+
+
+class BlockServer:
+    """Answers `methods` while `run` is running.
+
+    `cache_tokens` is the room for all sessions together: the sum over sessions of rows x longest length. `runner`
+    runs the model off the event loop (`run_inline` under a mock clock).
+    """
+
+    def __init__(
+        self,
+        span: Span,
+        manifest: Manifest,
+        name: str,
+        *,
+        cache_tokens: int,
+        quantize: str | None = None,
+        idle_seconds: float = limits.SESSION_IDLE_SECONDS,
+        runner: ThreadRunner = run_in_thread,
+    ) -> None:
+        self.span = span
+        self.manifest = manifest
+        self.name = name
+        self.state = "online"
+        self.executor = Executor(runner)
+        self.pool = CachePool(span.config, span.end - span.start, cache_tokens, dtype=span.dtype, device=span.device)
+        self.table = SessionTable(
+            self.pool, (span.start, span.end), self._subspan, manifest.model_id, idle_seconds=idle_seconds
+        )
+        self._quantize = quantize
+        self._subspans = {(span.start, span.end): span}
+        handlers = Handlers(self.table, self.executor, manifest, self.describe, lambda: self.state == "online")
+        self.methods: Mapping[str, Handler] = handlers.methods
+
+    def _subspan(self, start: int, end: int) -> Span:
+        """Some of the blocks as a span of its own; the weights are shared."""
+        known = self._subspans.get((start, end))
+        if known is None:
+            first = self.span.start
+            blocks = self.span.layers[start - first : end - first]
+            known = self._subspans[start, end] = Span(self.span.config, start, end, blocks)
+        return known
+
+    def describe(self) -> messages.InfoReply:
+        """What `info` answers."""
+        config = self.span.config
+        return messages.InfoReply(
+            model=self.manifest.model_id,
+            name=self.name,
+            blocks=(self.span.start, self.span.end),
+            layers=config.n_layer,
+            hidden=config.hidden_size,
+            dtype=str(self.span.dtype).removeprefix("torch."),
+            quant=self._quantize,
+            codecs=CODECS,
+            max_len=min(self.pool.capacity, limits.MAX_SESSION_LENGTH),
+            max_batch=limits.MAX_BATCH,
+            cache_left=self.pool.free,
+            state=self.state,
+            version=__version__,
+        )
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Run the executor and let sessions lapse, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self.executor.run)
+            task_status.started()
+            while True:
+                await trio.sleep(limits.EXPIRY_SECONDS)
+                self.table.expire(trio.current_time())
+
+    async def drain(self) -> None:
+        """Take no new sessions, and return once nobody has used one for DRAIN_QUIET_SECONDS (the caller's deadline
+        ends it sooner).
+        """
+        self.state = "draining"
+        # Quiet is an absence, which no event announces: look again and again.
+        while not self.table.quiet_since(trio.current_time() - limits.DRAIN_QUIET_SECONDS):  # noqa: ASYNC110
+            await trio.sleep(limits.TICK_SECONDS)
