@@ -52,7 +52,7 @@ class PeerId(bytes):
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read the text form: 52 characters of lower-case base32. ValueError says in one line what is wrong."""
+        """Read the text form: 52 characters of lower-case base32 (PT-IDN-005). ValueError: one line, what is wrong."""
         if len(text) != PEER_ID_TEXT:
             raise ValueError(f"a peer id has {PEER_ID_TEXT} characters, not {len(text)}")
         if not re.fullmatch("[a-z2-7]*", text):
@@ -108,7 +108,7 @@ SMALL_ORDER_Y = frozenset(
 
 
 def check_public_key(public_key: bytes) -> None:
-    """Refuse Ed25519 public keys that name no honest peer: wrong length, small order, y not below p (PT-IDN-006).
+    """Refuse Ed25519 public keys that name no honest peer: wrong length, small order, y not below p (PT-IDN-006, 007).
 
     Raises:
         ValueError: one line saying which.
@@ -179,7 +179,7 @@ class Identity:
 
 
 class SwarmKey:
-    """The 32 random bytes that every member of a private swarm holds, and what is derived from them (PT-IDN-020).
+    """The 32 random bytes that every member of a private swarm holds, and what is derived from them (PT-IDN-020..023).
 
     `psk` (32 bytes) goes into the handshake, `network_id` names the swarm in prologues and signatures, `lan_tag`
     (16 characters) is all that a LAN announcement shows. None gives away the key or another of the three.
@@ -228,6 +228,7 @@ _HEADERS = {_IDENTITY_HEADER: "an identity", _SWARM_HEADER: "a swarm key"}
 
 
 def _write_key(path: str | os.PathLike[str], header: str, secret: bytes, remark: str) -> None:
+    # PT-IDN-011, PT-IDN-012
     text = f"{header}\n# {remark}\n{secret.hex()}\n"
     try:
         # O_EXCL: an identity or a swarm that is overwritten is lost for ever; the mode holds from the first byte on
@@ -241,6 +242,7 @@ def _write_key(path: str | os.PathLike[str], header: str, secret: bytes, remark:
 
 
 def _read_key(path: str | os.PathLike[str], header: str) -> bytes:
+    # PT-IDN-010
     wanted = _HEADERS[header]
     try:
         with Path(path).open("rb") as file:

@@ -56,6 +56,7 @@ def test_signing_is_rfc_8032(seed: str, public: str, message: str, signature: st
 
 
 def test_peer_id_is_the_hash_of_the_key() -> None:
+    """PT-IDN-004, PT-IDN-005."""
     digest = hashlib.sha256(b"\x01" + ALICE.public_key).digest()
     assert peer_id_of(ALICE.public_key) == digest == ALICE.peer_id
     text = base64.b32encode(digest).decode().lower().rstrip("=")
@@ -71,6 +72,7 @@ def test_peer_id_text_round_trip(value: bytes) -> None:
 
 @given(st.text(alphabet="abcdefghijklmnopqrstuvwxyz234567", min_size=52, max_size=52))
 def test_peer_id_has_one_spelling(text: str) -> None:
+    """PT-IDN-005."""
     try:
         assert PeerId.parse(text).text == text
     except ValueError:
@@ -142,6 +144,7 @@ def _encodings(point: tuple[int, int]) -> set[bytes]:
 
 
 def test_every_small_order_key_is_refused() -> None:
+    """PT-IDN-006: all fourteen encodings of the eight points."""
     points = _torsion_points()
     assert len(points) == 8
     encodings = set().union(*map(_encodings, points))
@@ -161,12 +164,14 @@ def test_identity_point_would_sign_everything() -> None:
 
 @pytest.mark.parametrize("y", range(P, 2**255))
 def test_non_canonical_keys_are_refused(y: int) -> None:
+    """PT-IDN-007."""
     for sign in (0, 1 << 255):
         with pytest.raises(ValueError, match=r"canonical|small order"):
             check_public_key((y | sign).to_bytes(32, "little"))
 
 
 def test_signature_with_s_over_the_order_is_refused() -> None:
+    """PT-IDN-008."""
     signature = ALICE.sign(b"m")
     s = int.from_bytes(signature[32:], "little") + L
     assert not verify(ALICE.public_key, signature[:32] + s.to_bytes(32, "little"), b"m")
@@ -189,6 +194,7 @@ def test_identity_file_round_trip(tmp_path: Path) -> None:
 
 
 def test_swarm_key_file_round_trip(tmp_path: Path) -> None:
+    """PT-IDN-010, PT-IDN-012."""
     path = tmp_path / "swarm"
     key = SwarmKey.generate(lambda size: bytes([7]) * size)
     key.save(path)
@@ -197,6 +203,7 @@ def test_swarm_key_file_round_trip(tmp_path: Path) -> None:
 
 
 def test_a_key_file_is_never_overwritten(tmp_path: Path) -> None:
+    """PT-IDN-011."""
     path = tmp_path / "identity"
     ALICE.save(path)
     with pytest.raises(PetaliteError, match="exists already"):
@@ -226,6 +233,7 @@ def test_the_wrong_kind_of_key_file_is_named(tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_key_file_gives_one_clear_line(tmp_path: Path, content: bytes) -> None:
+    """PT-IDN-010, PT-IDN-011."""
     path = tmp_path / "key"
     path.write_bytes(content)
     with pytest.raises(PetaliteError) as caught:
@@ -245,6 +253,7 @@ def test_a_missing_file_and_a_missing_directory(tmp_path: Path) -> None:
 
 
 def test_swarm_key_derivation_is_rfc_5869() -> None:
+    """PT-IDN-021 to PT-IDN-023."""
     def hkdf(info: bytes, length: int) -> bytes:  # a single block is enough below 32 bytes
         extracted = hmac.digest(bytes(32), bytes([7]) * 32, "sha256")
         return hmac.digest(extracted, info + b"\x01", "sha256")[:length]
@@ -295,6 +304,7 @@ ID = ALICE.peer_id.text
     ],
 )
 def test_address_forms(place: str, host: str, port: int) -> None:
+    """PT-IDN-030, PT-IDN-031."""
     text = f"petalite://{ID}@{place}"
     address = Address.parse(text)
     assert (address.peer, address.host, address.port) == (ALICE.peer_id, host, port)

@@ -81,7 +81,7 @@ def _fields(payload: bytes) -> tuple[bytes, int, bytes]:
         raise HandshakeError("identity certificate: not a map")
     for name in fields:
         if name.startswith("!"):
-            raise HandshakeError(f"identity certificate: unknown critical field {name!r}")
+            raise HandshakeError(f"identity certificate: unknown critical field {name!r}")  # PT-TRN-033
     public_key, not_after, signature = fields.get("k"), fields.get("x"), fields.get("s")
     if type(public_key) is not bytes or len(public_key) != KEY_BYTES:
         raise HandshakeError(f"identity certificate: 'k' is not {KEY_BYTES} bytes")

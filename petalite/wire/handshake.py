@@ -27,7 +27,7 @@ PROTOCOL_XX = "Noise_XX_25519_ChaChaPoly_SHA256"
 PROTOCOL_XX_PSK = "Noise_XXpsk0+psk3_25519_ChaChaPoly_SHA256"
 
 # One verdict for everything that a wrong prologue or a wrong key can look like: telling them apart is impossible here,
-# and saying it to the peer would be an oracle.
+# and saying it to the peer would be an oracle (PT-TRN-042).
 _OTHER_NETWORK = "handshake failed: other network or other key"
 
 
@@ -129,7 +129,7 @@ class Handshake:
         self._output.clear()
         return data
 
-    def receive_data(self, data: bytes) -> None:
+    def receive_data(self, data: bytes | bytearray) -> None:
         """Take bytes from the peer, in pieces of any size; empty means that it closed the connection.
 
         Raises:
@@ -153,7 +153,8 @@ class Handshake:
     def _fail(self, text: str) -> None:
         self._failure = text
         self._input.clear()
-        # Only a refusal may still go out: a message 2 that was due when the next bytes turned out wrong may not.
+        # Only a refusal may still go out (PT-TRN-040): a message 2 that was due when the next bytes turned out wrong
+        # may not.
         if self._output != self._refusal():
             self._output.clear()
 
@@ -173,13 +174,14 @@ class Handshake:
         preamble = bytes(self._input[:PREAMBLE_BYTES])
         del self._input[:PREAMBLE_BYTES]
         if not preamble.startswith(MAGIC):
-            raise HandshakeError("not a petalite peer: it does not begin with the preamble")
+            raise HandshakeError("not a petalite peer: it does not begin with the preamble")  # PT-TRN-011
         major, pattern = preamble[4], preamble[5]
         if major != MAJOR:
-            if not self._private:  # a private swarm does not answer those who hold no key, not even this
+            # PT-TRN-012; but a private swarm does not answer those who hold no key, not even this (PT-TRN-015).
+            if not self._private:
                 self._output += self._refusal()
             raise HandshakeError(f"version refused: the peer speaks protocol version {major}, we speak {MAJOR}")
-        if preamble != self._preamble:
+        if preamble != self._preamble:  # PT-TRN-016
             raise HandshakeError(f"{_OTHER_NETWORK} (the peer asks for pattern {pattern}, ours is {self._preamble[5]})")
         self._step = self._read_message_1
         return True
@@ -196,7 +198,7 @@ class Handshake:
         return True
 
     def _read_message_2(self) -> bool:
-        # No message can begin like a refusal: "PT" as a length is far over the cap.
+        # No message can begin like a refusal (PT-TRN-017): "PT" as a length is far over the cap.
         if self._input[:2] == MAGIC[:2]:
             return self._read_refusal()
         message = self._take_message(DHLEN + DHLEN + TAGLEN + TAGLEN, MAX_HANDSHAKE_MESSAGE)
@@ -225,7 +227,7 @@ class Handshake:
     # --- parts of steps ---
 
     def _take_message(self, low: int, high: int) -> bytes | None:
-        """The next message, of low..high bytes; None until all of it is here. A wrong length is refused on sight."""
+        """The next message, None until all is here; a length not in low..high is refused on sight (PT-TRN-021)."""
         if len(self._input) < 2:
             return None
         size = int.from_bytes(self._input[:2], "big")

@@ -78,26 +78,26 @@ def parse_protocol_name(name: str) -> Protocol:
 
 @dataclass(frozen=True)
 class KeyPair:
-    """An X25519 key pair (section 4.1), both halves 32 raw bytes."""
+    """An X25519 key pair (section 4.1); `public` is its 32 bytes."""
 
-    private: bytes = field(repr=False)
+    private: X25519PrivateKey = field(repr=False)
     public: bytes
 
     @classmethod
     def from_private(cls, private: bytes) -> KeyPair:
-        return cls(private, X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw())
+        key = X25519PrivateKey.from_private_bytes(private)
+        return cls(key, key.public_key().public_bytes_raw())
 
 
 def dh(pair: KeyPair, public: bytes) -> bytes:
     """DH of section 4.1. HandshakeError for low-order points, whose result would be known to everybody (PT-TRN-041)."""
     try:
-        private = X25519PrivateKey.from_private_bytes(pair.private)
-        return private.exchange(X25519PublicKey.from_public_bytes(public))
+        return pair.private.exchange(X25519PublicKey.from_public_bytes(public))
     except ValueError:  # OpenSSL refuses the all-zero result
         raise HandshakeError("low-order Diffie-Hellman key") from None
 
 
-_nonce = struct.Struct("<4xQ").pack  # section 12: 32 bits of zeros, then n little-endian
+_nonce = struct.Struct("<4xQ").pack  # section 12: 32 bits of zeros, then n little-endian (PT-TRN-062)
 
 
 class CipherState:
@@ -192,7 +192,7 @@ class TransportCipher(CipherState):
         `out` that was written is wiped here, and nobody else may look at `out` until this returns.
 
         Raises:
-            RemoteProtocolError(DECRYPT): tag or length is wrong. `n` has not moved; the connection is to be closed.
+            RemoteProtocolError(DECRYPT): tag or length is wrong. `n` has not moved; close (PT-TRN-064).
             LocalProtocolError: `out` is too small.
         """
         aead = self._keyed()

@@ -182,6 +182,7 @@ def test_turns_are_kept() -> None:
 
 
 def test_split_once_and_the_secrets_are_gone() -> None:
+    """PT-TRN-044."""
     initiator, responder = _pair(PSK)
     responder.read_message(initiator.write_message())
     initiator.read_message(responder.write_message())
@@ -202,6 +203,7 @@ KEY = bytes(range(32))
 
 
 def test_maximum_nonce_is_refused_both_ways() -> None:
+    """PT-TRN-065."""
     cipher = CipherState(KEY)
     cipher.n = 2**64 - 2
     last = cipher.encrypt_with_ad(b"", b"x")
@@ -281,6 +283,7 @@ def test_the_key_changes_at_record_65536() -> None:
 
 
 def test_a_failed_decrypt_moves_nothing_and_wipes_the_buffer() -> None:
+    """PT-TRN-064."""
     sender, receiver = TransportCipher(KEY), TransportCipher(KEY)
     record = bytearray(26)
     sender.encrypt_into(b"0123456789", record)
@@ -301,6 +304,7 @@ def test_a_failed_decrypt_moves_nothing_and_wipes_the_buffer() -> None:
 
 
 def test_sizes_of_records() -> None:
+    """PT-TRN-060."""
     cipher = TransportCipher(KEY)
     assert cipher.encrypt_into(bytes(65_519), bytearray(65_535)) == 65_535
     assert cipher.n == 1
@@ -378,6 +382,7 @@ def test_tool_says_in_one_line_that_a_file_is_no_vectors(tmp_path: Path, content
 
 
 def test_low_order_list_is_what_the_primitive_refuses() -> None:
+    """PT-TRN-041."""
     for point in LOW_ORDER:
         with pytest.raises(HandshakeError, match="low-order"):
             noise.dh(KeyPair.from_private(KEY), bytes.fromhex(point))
