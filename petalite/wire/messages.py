@@ -1,4 +1,4 @@
-"""What requests and replies say: one frozen dataclass a message, checked when it is made (spec/07).
+"""What requests and replies say: one frozen dataclass a message, checked when it is made (spec/07, PT-SES-001).
 
 A field's rule stands in its annotation; its key on the wire is its name, unless the rule is wrapped in `Key`. A field
 with a default is optional and left out where it is None. The keys "size", "max" and "dl" of a head belong to the

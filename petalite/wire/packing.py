@@ -38,7 +38,8 @@ class FieldError(LocalProtocolError):
 def decode(data: Buffer, *, max_size: int | None = None, max_str: int = MAX_STR) -> Any:
     """The one value that `data` holds; at most `max_size` bytes (default: one frame), strings of at most `max_str`.
 
-    Raises RemoteProtocolError(FRAME) for anything spec/04 forbids; no other exception leaves, whatever the bytes.
+    Raises RemoteProtocolError(FRAME) for anything that PT-MSG-001 to PT-MSG-022 forbid; no other exception leaves,
+    whatever the bytes.
     """
     limit = MAX_FRAME if max_size is None else max_size
     size = len(data)
@@ -66,7 +67,6 @@ def decode(data: Buffer, *, max_size: int | None = None, max_str: int = MAX_STR)
             raise _Refused(f"{kind.__name__} is not allowed")
     # ValueError covers FormatError, StackError, ExtraData and UnicodeDecodeError.
     except (ValueError, TypeError, OverflowError, RecursionError) as error:
-        # msgpack says nothing about input that ends too early or is not a value at all.
         text = str(error) if isinstance(error, _Refused) else f"{type(error).__name__} {error}".strip()
         raise RemoteProtocolError(f"bad msgpack: {text[:200]}", GoAwayCode.FRAME) from None
     return value
@@ -360,7 +360,7 @@ def refuse_critical(fields: Mapping[str, Any]) -> None:
     No version of this protocol that this library speaks defines such a key, so each is unknown.
     """
     for name in fields:
-        if name[:1] == "!":
+        if name[:1] == "!":  # PT-MSG-045
             raise RequestError(ErrorCode.UNSUPPORTED, f"critical field {name[:MAX_KEY]!r} is not known here")
 
 

@@ -84,7 +84,7 @@ class Descriptor:
 
 
 def encoded_size(descriptor: Descriptor) -> int:
-    """Bytes that the tensor takes in a body; FieldError(TENSOR) as soon as it is sure to exceed the largest body."""
+    """Bytes that the tensor takes in a body; FieldError(TENSOR) once it is sure to exceed the largest (PT-TEN-007)."""
     item = 1 if descriptor.codec == INT8 else DTYPES[descriptor.dtype].itemsize
     size = item
     for length in descriptor.shape:
@@ -223,6 +223,7 @@ def _rows_and_blocks(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _encode_int8(values: Array) -> list[memoryview]:
+    """Scales, then codes, by the steps of PT-TEN-041."""
     rows, blocks = _rows_and_blocks(values.shape)
     width = values.shape[-1]
     padded = np.zeros((rows, blocks * INT8_BLOCK), np.float32)
@@ -243,6 +244,7 @@ def _encode_int8(values: Array) -> list[memoryview]:
 
 
 def _decode_int8(descriptor: Descriptor, buffer: Buffer) -> Array:
+    """Values as float32, after the checks of PT-TEN-044 and PT-TEN-045."""
     rows, blocks = _rows_and_blocks(descriptor.shape)
     width = descriptor.shape[-1]
     scales = np.frombuffer(buffer, "<f4", rows * blocks).reshape(rows, blocks).astype(np.float32)

@@ -81,6 +81,19 @@ def test_step_has_the_keys_of_the_specification() -> None:
     assert set(opened.to_wire()) == {"sid", "model", "blocks", "max_len", "batch", "dtype", "codec", "from"}
 
 
+def test_examples_of_the_specification() -> None:
+    sid, tail = "a3736964c410" + SID.hex(), "a1749184a16ea168a164a3663136a17393010104a163a3726177"
+    small = (Descriptor("h", "f16", (1, 1, 4)),)
+    opened = m.Open(sid=SID, model=bytes(32), blocks=(0, 4), max_len=128, batch=1, dtype="f16", codec="raw")
+    assert encode(opened.to_wire()).hex() == (
+        f"87{sid}a56d6f64656cc420{'00' * 32}a6626c6f636b73920004a76d61785f6c656ecc80a5626174636801"
+        "a56474797065a3663136a5636f646563a3726177"
+    )
+    assert encode(m.OpenReply(pos=0, ttl=600).to_wire()).hex() == "82a3706f7300a374746ccd0258"
+    assert encode(m.Step(sid=SID, n=3, pos=17, tensors=small).to_wire()).hex() == f"84{sid}a16e03a3706f7311{tail}"
+    assert encode(m.StepReply(n=3, pos=18, tensors=small).to_wire()).hex() == f"83a16e03a3706f7312{tail}"
+
+
 def test_largest_heads_fit() -> None:
     rows = (Descriptor("h", "f16", (MAX_BATCH, 1, 64)),)
     hops = tuple(m.Hop(peer=bytes([i]) * 32, sid=SID) for i in range(15))

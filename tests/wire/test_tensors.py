@@ -219,6 +219,11 @@ def test_example_of_the_specification() -> None:
     array = np.array([[127.0, -63.5, 0.5, 1.5]], np.float32)
     assert joined(array, INT8).hex() == "0000803f" + "7fc00002"
     assert decode(describe("h", array, INT8), bytes.fromhex("0000803f7fc00002")).tolist() == [[127.0, -64.0, 0.0, 2.0]]
+    array = np.zeros((1, 66), np.float32)
+    array[0, [0, 1, 64, 65]] = 1, -0.5, 3, -3
+    assert joined(array, INT8).hex() == "0402013c0683c13c" + "7fc0" + "00" * 62 + "7f81"
+    assert joined(np.array([1, -2, 0.5, 65504], np.float16)).hex() == "003c00c00038ff7b"
+    assert joined(np.array([0x3F80, 0xC000], np.uint16)).hex() == "803f00c0"
 
 
 finite = st.floats(-(2.0**126), 2.0**126, width=32)
