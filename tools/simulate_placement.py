@@ -33,6 +33,8 @@ DRAIN_SECONDS = 10.0
 TOKEN_BITS = 1_024 * 16.0
 SMALL_LAYERS = 10
 SMALL_SERVERS = 6
+SMALL = "small (4 to 10 blocks, 2 to 6 servers)"
+LARGE = "large (12 to 70 blocks, 5 to 40 servers)"
 
 
 @dataclass(slots=True)
@@ -85,7 +87,7 @@ class World:
 
 def start(world: World, me: Machine) -> Iterator[float]:
     """Join: choose, claim, choose again, load."""
-    choice = None
+    choice: placement.Choice | None = None
     for _ in range(5):
         before = choice
         choice = choose_span(
@@ -235,7 +237,8 @@ class Outcome:
 
     layers: int
     servers: int
-    closable_gap: bool
+    closable_gap: bool  # one server could close (part of) it, or, where nothing is pinned, all together
+    awkward_gap: bool  # only several together could, around spans that were given by hand
     opened: int
     moves: int
     late_moves: int
@@ -246,11 +249,11 @@ class Outcome:
 def judge(world: World, *, small: bool) -> Outcome:
     truth = world.truth()
     alive = [m for m in world.machines if m.alive]
-    gaps = sum(span.size for span in truth.gaps())
-    pinned = {b for m in alive if m.fixed for b in range(m.fixed.start, m.fixed.end)}
-    room = sum(m.capacity for m in alive if m.fixed is None)
+    gap = bool(truth.gaps())
     free = [(m.capacity, 1.0, m.fixed.start if m.fixed else None) for m in alive]
-    closable = room >= world.layers - len(pinned) if not pinned else small and optimum(world.layers, free) > 0
+    pinned = any(m.fixed for m in alive)
+    room = sum(m.capacity for m in alive)
+    closable = optimum(world.layers, free) > 0 if pinned and small else not pinned and room >= world.layers
     ratio = None
     if small and closable:
         sizes = [(s.blocks.size, s.speed(TOKEN_BITS), s.blocks.start if s.pinned else None) for s in truth.servers]
@@ -258,13 +261,26 @@ def judge(world: World, *, small: bool) -> Outcome:
     return Outcome(
         layers=world.layers,
         servers=len(alive),
-        closable_gap=gaps > 0 and closable,
+        closable_gap=gap and (one_can_help(truth) or (closable and not pinned)),
+        awkward_gap=gap and closable and pinned and not one_can_help(truth),
         opened=world.opened,
         moves=len(world.moves),
         late_moves=sum(at > CHURN_SECONDS + QUIET_SECONDS / 2 for at, _ in world.moves),
         ratio=ratio,
         singles=sum(count == 1 for count in truth.replicas()),
     )
+
+
+def one_can_help(truth: Snapshot) -> bool:
+    """Whether some server that may move could, alone, leave fewer blocks without a holder."""
+    replicas = truth.replicas()
+    for server in truth.servers:
+        without = [n - (block in server.blocks) for block, n in enumerate(replicas)]
+        for at in range(truth.layers - server.blocks.size + 1):
+            after = sum(n == 0 and not at <= block < at + server.blocks.size for block, n in enumerate(without))
+            if not server.pinned and after < replicas.count(0):
+                return True
+    return False
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -275,14 +291,17 @@ def table(name: str, outcomes: Sequence[Outcome]) -> None:
     ratios = [o.ratio for o in outcomes if o.ratio is not None]
     print(f"{name}: {len(outcomes)} swarms")
     print(f"  gaps that an available server could have closed   {sum(o.closable_gap for o in outcomes)}")
+    print(f"  gaps that only a swap around a pinned span closes {sum(o.awkward_gap for o in outcomes)}")
     print(f"  gaps opened by a move                             {sum(o.opened for o in outcomes)}")
     print(f"  moves                                             {sum(o.moves for o in outcomes)}")
     print(f"  moves in the last half hour of an hour's quiet    {sum(o.late_moves for o in outcomes)}")
     print(f"  blocks with a single holder, mean                 {sum(o.singles for o in outcomes) / len(outcomes):.2f}")
     if ratios:
         mean, low = sum(ratios) / len(ratios), percentile(ratios, 0.05)
-        print(f"  throughput / optimum ({len(ratios)} swarms)              mean {mean:.3f}  5th percentile {low:.3f}"
-              f"  least {min(ratios):.3f}")
+        print(
+            f"  throughput / optimum ({len(ratios)} swarms)              mean {mean:.3f}  5th percentile {low:.3f}"
+            f"  least {min(ratios):.3f}"
+        )
 
 
 def passes(outcomes: Sequence[Outcome]) -> bool:
@@ -306,7 +325,7 @@ def main() -> int:
             for i in range(count)
         ]
         if part:
-            table("small (4 to 10 blocks, 2 to 6 servers)" if small else "large (12 to 70 blocks, 5 to 40 servers)", part)
+            table(SMALL if small else LARGE, part)
         outcomes += part
     print(f"{time.perf_counter() - began:.0f} s")
     return 0 if passes(outcomes) else 1

@@ -20,7 +20,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
-from itertools import accumulate
 from typing import NamedTuple
 
 from petalite.identity import PeerId
@@ -279,6 +278,9 @@ def _worth(
     before, after = (_bottleneck(load, at, me) for at in (me.start, start))
     if then.singles < now.singles and after >= min(before, COMFORT * reference):
         return "single point of failure"
+    most = sum(machine.speed * machine.size for machine in [*others, me]) / load.layers
+    if most < GAIN * before:
+        return None
     settled = _descend(load.layers, [*others, me._replace(start=start)], FLOOR * reference)
     if min(_Load(load.layers, settled).speeds) >= GAIN * before:
         return "throughput"
@@ -292,44 +294,54 @@ def _bottleneck(load: _Load, start: int, me: _Machine) -> float:
 
 
 def _scores(load: _Load, size: int, speed: float, floor: float, *, count_singles: bool = True) -> list[Score]:
-    """Score of the whole placement for each start of one more machine, in O(layers) by prefix sums."""
-    holders, speeds, layers = load.holders, load.speeds, load.layers
-    unit = floor or 1.0
+    """Score of the whole placement for each start of one more machine, in O(layers): per block what it changes, summed.
 
-    def sums(values: Iterable[float]) -> list[float]:
-        return list(accumulate(values, initial=0.0))
-
-    opened = [count == 0 and (block == 0 or holders[block - 1] > 0) for block, count in enumerate(holders)]
-    gaps, fragments = sums(count == 0 for count in holders), sums(opened)
-    singles, singles_with = sums(count == 1 for count in holders), gaps
-    shortage = sums(max(0.0, floor - had) / unit for had in speeds)
-    shortage_with = sums(max(0.0, floor - had - speed) / unit for had in speeds)
-    strain = sums((unit / had) ** STRAIN_POWER if had else 0.0 for had in speeds)
-    strain_with = sums((unit / (had + speed)) ** STRAIN_POWER for had in speeds)
-
-    def total(without: list[float], inside: list[float], start: int, end: int) -> float:
-        return without[start] + (inside[end] - inside[start]) + (without[layers] - without[end])
-
-    nothing = [0.0] * (layers + 1)
+    Prefix sums ending in `_sum` hold totals over the blocks before each; `opened` counts starts of gaps.
+    """
+    layers, unit = load.layers, floor or 1.0
+    empty_sum, opened_sum, singles_sum, shortage_sum, strain_sum = [0], [0], [0], [0.0], [0.0]
+    empty = opened = singles = singles_now = 0
+    shortage = shortage_now = strain = strain_now = 0.0
+    previous = 1
+    for holders, had in zip(load.holders, load.speeds, strict=True):
+        if holders == 0:
+            empty += 1
+            opened += previous > 0
+            singles += 1
+        else:
+            strain_here = (unit / had) ** STRAIN_POWER
+            strain_now += strain_here
+            strain -= strain_here
+            if holders == 1:
+                singles -= 1
+                singles_now += 1
+        strain += (unit / (had + speed)) ** STRAIN_POWER
+        if had < floor:
+            shortage_now += (floor - had) / unit
+            shortage -= min(speed, floor - had) / unit
+        previous = holders
+        empty_sum.append(empty)
+        opened_sum.append(opened)
+        singles_sum.append(singles)
+        shortage_sum.append(shortage)
+        strain_sum.append(strain)
     found = []
-    for start in range(layers - size + 1):
-        end = start + size
-        cut = end < layers and holders[end] == 0 and not opened[end]  # the window leaves the tail of a gap
+    for start, end in zip(range(layers - size + 1), range(size, layers + 1), strict=True):
+        cut = end < layers and opened_sum[end + 1] == opened_sum[end] and empty_sum[end + 1] > empty_sum[end]
         found.append(
             Score(
-                int(total(gaps, nothing, start, end)),
-                int(total(fragments, nothing, start, end)) + cut,
-                round(total(shortage, shortage_with, start, end), 6),
-                int(total(singles, singles_with, start, end)) if count_singles else 0,
-                float(f"{total(strain, strain_with, start, end):.6g}"),  # rounding errors must not look like progress
+                empty - (empty_sum[end] - empty_sum[start]),
+                opened - (opened_sum[end] - opened_sum[start]) + cut,  # cut: the window leaves the tail of a gap
+                round(shortage_now + (shortage_sum[end] - shortage_sum[start]), 6),
+                singles_now + singles_sum[end] - singles_sum[start] if count_singles else 0,
+                # Rounding errors must not look like progress.
+                float(f"{strain_now + (strain_sum[end] - strain_sum[start]):.6g}"),
             )
         )
     return found
 
 
-def _descend(
-    layers: int, machines: Sequence[_Machine], floor: float, *, count_singles: bool = True
-) -> list[_Machine]:
+def _descend(layers: int, machines: Sequence[_Machine], floor: float, *, count_singles: bool = True) -> list[_Machine]:
     """Where the machines end when each in turn, by peer id, takes its best start."""
     placed = sorted(machines)
     load = _Load(layers, placed)
