@@ -71,8 +71,6 @@ def _signed(static_public: bytes, network: bytes, not_after: int) -> bytes:
 
 def _fields(payload: bytes) -> tuple[bytes, int, bytes]:
     """k, x, s of the right types and lengths; nothing about their meaning."""
-    if len(payload) > MAX_CERTIFICATE:
-        raise HandshakeError(f"identity certificate of {len(payload)} bytes, limit {MAX_CERTIFICATE}")
     try:
         fields = packing.decode(payload, max_size=MAX_CERTIFICATE)
     except RemoteProtocolError as error:
