@@ -32,7 +32,7 @@ MAX_DATA = 65_000
 MAX_HEAD_FRAME = 16_384  # any frame but DATA and ERR
 MAX_METHOD = 64
 MAX_AGENT = 128
-MAX_ADDRESS = 300
+MAX_OBSERVED = 300
 MAX_STREAMS = 256
 PING_BYTES = 8
 MAX_GOAWAY_TEXT = 256
@@ -45,15 +45,18 @@ MAX_BODY = 64 * 2**20
 PEER_BODY_QUOTA = 256 * 2**20
 TOTAL_BODY_QUOTA = 1024 * 2**20
 BODY_STALL_SECONDS = 10.0
+BODY_PROGRESS = 16 * 1024  # bytes of a body, or its rest, that must come within BODY_STALL_SECONDS
 GOODBYE_SECONDS = 1.0
 PING_AFTER_SECONDS = 0.5
 DEAD_AFTER_SECONDS = 2.0
 PROGRESS_SECONDS = 0.5
 TICK_SECONDS = 0.1  # how often a connection with open requests looks at its clocks
+IDLE_TICK_SECONDS = 0.5  # and one without
 MAX_DEADLINE_SECONDS = 3600.0
 MAX_RETRY_AFTER_SECONDS = 30.0
 
 SHARED_QUANTUM = 16 * 1024  # body bytes of one stream in a row while others wait; MAX_DATA when it is alone
+MIN_QUANTUM = 4 * 1024  # no smaller piece is cut to fit what a slow socket takes at a time
 LOW_CLASS_EVERY = 16
 WRITE_AHEAD = 256 * 1024
 WRITE_AHEAD_SLOW = 16 * 1024
@@ -71,8 +74,12 @@ MAX_TENSOR_NAME = 64
 MAX_DIMENSIONS = 8
 INT8_BLOCK = 64
 
+# Model (spec/06)
+MAX_MANIFEST = 2**20
+
 # Sessions (spec/07)
 SESSION_ID_BYTES = 16
+INFO_SECONDS = 10.0
 EXPIRY_SECONDS = 1.0
 DRAIN_QUIET_SECONDS = 1.0
 PARK_SECONDS = 10.0  # an unused session may be evicted for room after this
@@ -107,6 +114,7 @@ DHT_MAX_TIMEOUT = 3.0
 DHT_FIRST_TIMEOUT = 1.0
 DHT_REFRESH_SECONDS = 3600.0
 DHT_TICK_SECONDS = 30.0
+DHT_SAMPLE_SECONDS = 300.0  # a lookup of a random id, to learn how many peers there are
 DHT_CHECK_AFTER_SECONDS = 300.0  # a contact silent for longer is pinged before a newcomer may take its place
 DHT_MARKS = 3  # offences after which a peer leaves the table
 DHT_MARK_SECONDS = 600.0

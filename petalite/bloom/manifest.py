@@ -7,12 +7,12 @@ without the files of other blocks, and it checks itself: whoever knows the id ca
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import struct
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -159,14 +159,19 @@ def _make_and_keep(directory: Path, progress: Callable[[int, int], None] | None)
             " files: fetch the manifest from a peer or from the checkpoint's origin, or fetch the missing files"
         )
     manifest = make_manifest(directory, progress)
-    try:
-        with tempfile.NamedTemporaryFile(dir=directory, prefix=MANIFEST_FILE, delete=False) as file:
-            file.write(manifest.encoded)
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, directory / MANIFEST_FILE)  # whole or not at all: servers may start side by side
-    except OSError:
-        pass  # a read-only directory: made anew at every start
+    _keep(manifest, directory)
     return manifest
+
+
+def _keep(manifest: Manifest, directory: Path) -> None:
+    """Write the manifest whole or not at all: servers may start side by side. A read-only directory is no error."""
+    temporary = directory / f".{MANIFEST_FILE}.{os.getpid()}"
+    try:
+        temporary.write_bytes(manifest.encoded)
+        os.replace(temporary, directory / MANIFEST_FILE)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _numbers_only(config: BloomConfig) -> BloomConfig:
