@@ -182,11 +182,11 @@ def random_machine(world: World, number: int, *, load_first: float) -> Machine:
     )
 
 
-def simulate(seed: int, *, small: bool, load_first: float = 0.3) -> World:
-    """One swarm: half an hour of joins and leaves, then an hour of quiet."""
+def simulate(seed: int, *, small: bool, load_first: float = 0.3, largest: tuple[int, int] = (70, 40)) -> World:
+    """One swarm: half an hour of joins and leaves, then an hour of quiet. `largest`: blocks, servers if not small."""
     rng = random.Random(seed)
-    world = World(rng.randint(4, SMALL_LAYERS) if small else rng.randint(12, 70), rng)
-    final = rng.randint(2, SMALL_SERVERS) if small else rng.randint(5, 40)
+    world = World(rng.randint(4, SMALL_LAYERS) if small else rng.randint(12, largest[0]), rng)
+    final = rng.randint(2, SMALL_SERVERS) if small else rng.randint(5, largest[1])
     queue: list[tuple[float, int, str, Machine]] = []
     lives: dict[PeerId, Iterator[float]] = {}
     for number in range(final + rng.randint(0, final)):
