@@ -44,6 +44,11 @@ def wire_dtype(dtype: torch.dtype) -> str:
         raise LocalProtocolError(f"tensors of {dtype} have no wire type") from None
 
 
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch type of a wire type."""
+    return _TORCH[name]
+
+
 def to_wire(tensor: torch.Tensor, dtype: str, codec: str = RAW, name: str = "h") -> tuple[Descriptor, list[memoryview]]:
     """Descriptor and body bytes of `tensor`, cast to `dtype` (a wire type) first.
 

@@ -1,0 +1,156 @@
+"""The library: `petalite.join` for Trio, `petalite.connect` for everybody else."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from contextlib import aclosing, asynccontextmanager, contextmanager
+from typing import Any
+
+import trio
+
+from petalite import __version__
+from petalite.client.blocking import Portal, open_portal
+from petalite.client.generation import Generation, TokenRow, check_prompts, generate_rows, stream_text
+from petalite.client.model import Model, load_local_parts
+from petalite.client.sampling import Sampling
+from petalite.errors import PetaliteError
+from petalite.identity import Address, Identity
+from petalite.swarm.node import Node, open_node
+
+
+class RemoteModel(Model):
+    """A model in the swarm. Options of the calls are those of `generation_of`."""
+
+    async def generate(self, prompt: str, **options: Any) -> AsyncGenerator[str]:
+        """Yield the continuation of `prompt` in pieces as it comes; close the generator to stop early.
+
+        Raises SessionError when the swarm cannot go on, PetaliteError for an empty prompt, ValueError for an option
+        out of its range.
+        """
+        generation = generation_of(**options)
+        tokens = self.encode(prompt)
+        check_prompts([tokens])
+        async with self.session(max_len=len(tokens) + generation.max_new_tokens) as session:
+            row = TokenRow(self, generation)
+            async with aclosing(stream_text(self, session, tokens, [], generation, row)) as pieces:
+                async for piece in pieces:
+                    yield piece
+
+    async def generate_text(self, prompt: str, **options: Any) -> str:
+        """`prompt`'s continuation, whole."""
+        return "".join([piece async for piece in self.generate(prompt, **options)])
+
+    async def generate_batch(self, prompts: Sequence[str], **options: Any) -> list[str]:
+        """The continuations of several prompts, computed as one batch."""
+        rows = await generate_rows(self, [self.encode(prompt) for prompt in prompts], generation_of(**options))
+        return [row.text for row in rows]
+
+
+def generation_of(
+    *,
+    max_new_tokens: int = 100,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    seed: int | None = None,
+    stop: Sequence[str] = (),
+) -> Generation:
+    """Options of a generation; temperature 0 is greedy. Raises ValueError for a number out of its range."""
+    sampling = Sampling(
+        temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty, seed=seed
+    )
+    return Generation(max_new_tokens=max_new_tokens, sampling=sampling, stop=tuple(stop))
+
+
+class Swarm:
+    """What `join` gives: this peer among the others."""
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+
+    async def load(
+        self, model: str, *, wire: str = "auto", device: str = "cpu", notice: Callable[[str], None] | None = None
+    ) -> RemoteModel:
+        """Load the client's share of `model` and find its servers.
+
+        `model` is "fairytale", a directory in Hugging Face layout, or a hub name. Raises CheckpointError, and
+        PetaliteError when no server of these very weights is found.
+        """
+        if wire not in ("auto", "f32", "f16", "bf16", "int8"):
+            raise ValueError(f"wire must be auto, f32, f16, bf16 or int8, not {wire!r}")
+        loaded = []
+
+        async def load_parts() -> None:
+            loaded.append(await trio.to_thread.run_sync(load_local_parts, model, device, abandon_on_cancel=True))
+
+        async with trio.open_nursery(strict_exception_groups=False) as nursery:
+            nursery.start_soon(load_parts)
+            nursery.start_soon(self.node.directory.refresh)
+        parts = loaded[0]
+        self._check_served(parts.name, parts.manifest.model_id)
+        return RemoteModel(self.node, parts, wire=wire, notice=notice)
+
+    def _check_served(self, name: str, model_id: bytes) -> None:
+        directory = self.node.directory
+        if model_id in directory.models():
+            return
+        found = [f"{info.name} ({key.hex()[:8]}..)" for key, info in directory.models().items()]
+        others = f"; served here: {', '.join(found)}" if found else ""
+        problems = "".join(f"; {problem}" for problem in directory.problems())
+        if not directory.entries:
+            problems = "; no peer is known: give one with --peer"
+        raise PetaliteError(f"no server of {name} ({model_id.hex()[:8]}..) was found{others}{problems}")
+
+
+@asynccontextmanager
+async def join(peers: Sequence[str | Address] = (), **options: Any) -> AsyncIterator[Swarm]:
+    """Join a swarm under a fresh identity: `async with petalite.join(peers=[...]) as swarm`.
+
+    `peers` are addresses (petalite://PEER_ID@HOST:PORT); other options as for `Endpoint`. Raises ValueError for a
+    malformed address.
+    """
+    addresses = [Address.parse(peer) if isinstance(peer, str) else peer for peer in peers]
+    options.setdefault("agent", f"petalite/{__version__}")
+    identity = options.pop("identity", None) or Identity.generate()
+    async with open_node(identity, peers=addresses, **options) as node:
+        yield Swarm(node)
+
+
+class BlockingModel:
+    """`RemoteModel` for code without an event loop."""
+
+    def __init__(self, portal: Portal, model: RemoteModel) -> None:
+        self._portal = portal
+        self.remote = model
+
+    def generate(self, prompt: str, **options: Any) -> Iterator[str]:
+        """Yield the continuation of `prompt` in pieces as it comes."""
+        return self._portal.iterate(lambda: self.remote.generate(prompt, **options))
+
+    def generate_text(self, prompt: str, **options: Any) -> str:
+        """`prompt`'s continuation, whole."""
+        return self._portal.call(lambda: self.remote.generate_text(prompt, **options))
+
+    def generate_batch(self, prompts: Sequence[str], **options: Any) -> list[str]:
+        """The continuations of several prompts, computed as one batch."""
+        return self._portal.call(lambda: self.remote.generate_batch(prompts, **options))
+
+
+class BlockingSwarm:
+    """`Swarm` for code without an event loop."""
+
+    def __init__(self, portal: Portal, swarm: Swarm) -> None:
+        self._portal = portal
+        self.remote = swarm
+
+    def load(self, model: str, **options: Any) -> BlockingModel:
+        """Load the client's share of `model` and find its servers; see `Swarm.load`."""
+        return BlockingModel(self._portal, self._portal.call(lambda: self.remote.load(model, **options)))
+
+
+@contextmanager
+def connect(peers: Sequence[str | Address] = (), **options: Any) -> Iterator[BlockingSwarm]:
+    """`join` for notebooks and scripts: the event loop runs in a thread of its own while the block lasts."""
+    with open_portal(lambda: join(peers, **options)) as (portal, swarm):
+        yield BlockingSwarm(portal, swarm)

@@ -1,0 +1,166 @@
+"""Generation in the field's verbs: prefill, decode one token, choose the next."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+import torch
+import trio
+from torch import Tensor
+
+from petalite.client.model import Model
+from petalite.client.sampling import Sampler, Sampling
+from petalite.client.session import InferenceSession
+from petalite.client.text import TextStream
+from petalite.errors import PetaliteError
+
+# A step that no server has answered for so long is given up; within it, lost servers are replaced.
+STEP_SECONDS = 120.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """What to generate. Raises ValueError for a number out of its range."""
+
+    max_new_tokens: int = 100
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be 1 or more, not {self.max_new_tokens}")
+
+
+async def prefill(
+    model: Model,
+    session: InferenceSession,
+    rows: Sequence[Sequence[int]],
+    progress: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Send rows of prompt tokens, all of one length, behind what the session holds; logits (B, vocabulary) after them.
+
+    Raises SessionError after STEP_SECONDS without any progress of the whole.
+    """
+    hidden = await model.embed(rows)
+    with trio.move_on_after(STEP_SECONDS * max(1, hidden.shape[1] // 256)) as scope:
+        output = await session.step(hidden, progress)
+        return await trio.to_thread.run_sync(model.logits_here, output[:, -1])
+    raise _too_slow(session, scope)
+
+
+def _too_slow(session: InferenceSession, scope: trio.CancelScope) -> PetaliteError:
+    holders = ", ".join(f"{peer.short}.. ({a}:{b})" for peer, (a, b) in session.route)
+    return PetaliteError(f"no answer in {STEP_SECONDS:.0f} s or more from {holders or 'any server'}")
+
+
+async def decode_tokens(
+    model: Model,
+    session: InferenceSession,
+    logits: Tensor,
+    seen: list[list[int]],
+    generation: Generation,
+) -> AsyncGenerator[list[int]]:
+    """Yield one token a row, again and again; `seen` grows with them. Never ends by itself: the consumer stops.
+
+    The token that is yielded last has not been sent to the servers yet.
+    """
+    sampler = Sampler(generation.sampling)
+
+    def choose(logits: Tensor) -> tuple[list[int], Tensor]:
+        tokens = sampler.choose(logits, seen)
+        return tokens, model.embed_here([[token] for token in tokens])
+
+    def judge(hidden: Tensor) -> tuple[list[int], Tensor]:
+        with torch.inference_mode():
+            return choose(model.logits_here(hidden[:, -1]))
+
+    tokens, hidden = await trio.to_thread.run_sync(choose, logits)
+    while True:
+        for row, token in zip(seen, tokens, strict=True):
+            row.append(token)
+        yield tokens
+        with trio.move_on_after(STEP_SECONDS) as scope:
+            output = await session.step(hidden)
+            tokens, hidden = await trio.to_thread.run_sync(judge, output)
+        if scope.cancelled_caught:
+            raise _too_slow(session, scope)
+
+
+class TokenRow:
+    """One row of a generation while it grows: its new tokens, its text, and whether it has ended."""
+
+    def __init__(self, model: Model, generation: Generation) -> None:
+        self.tokens: list[int] = []
+        self.text = ""
+        self.ended = False
+        self._stream = TextStream(model.tokenizer, generation.stop)
+        self._eos = frozenset(model.config.eos_token_ids)
+        self._limit = generation.max_new_tokens
+
+    def push(self, token: int) -> str:
+        """Take the next token; returns the text that became certain."""
+        if self.ended:
+            return ""
+        self.tokens.append(token)
+        piece = "" if token in self._eos else self._stream.push(token)
+        if token in self._eos or self._stream.stopped or len(self.tokens) >= self._limit:
+            self.ended = True
+            piece += self._stream.flush()
+        self.text += piece
+        return piece
+
+
+async def stream_text(
+    model: Model,
+    session: InferenceSession,
+    prompt: Sequence[int],
+    seen: list[int],
+    generation: Generation,
+    row: TokenRow,
+    progress: Callable[[int], None] | None = None,
+) -> AsyncGenerator[str]:
+    """Prefill `prompt` and yield text as it becomes certain, until end, stop sequence or limit.
+
+    `seen` is all that the model has read in this session, for the repetition penalty; it grows.
+    """
+    seen.extend(prompt)
+    rows = [seen]
+    logits = await prefill(model, session, [prompt], progress)
+    async with aclosing(decode_tokens(model, session, logits, rows, generation)) as decoding:
+        async for tokens in decoding:
+            if piece := row.push(tokens[0]):
+                yield piece
+            if row.ended:
+                return
+
+
+async def generate_rows(model: Model, prompts: Sequence[Sequence[int]], generation: Generation) -> list[TokenRow]:
+    """Continue several prompts as one batch; shorter ones are padded on the left. Each row ends on its own.
+
+    Raises PetaliteError for an empty prompt, SessionError when the swarm cannot go on.
+    """
+    longest = check_prompts(prompts)
+    pad = [longest - len(prompt) for prompt in prompts]
+    filler = model.config.pad_token_id or 0
+    rows = [TokenRow(model, generation) for _ in prompts]
+    seen = [list(prompt) for prompt in prompts]
+    max_len = longest + generation.max_new_tokens
+    async with model.session(max_len=max_len, batch=len(prompts), pad=pad) as session:
+        padded = [[filler] * count + list(prompt) for count, prompt in zip(pad, prompts, strict=True)]
+        logits = await prefill(model, session, padded)
+        async with aclosing(decode_tokens(model, session, logits, seen, generation)) as decoding:
+            async for tokens in decoding:
+                for row, token in zip(rows, tokens, strict=True):
+                    row.push(token)
+                if all(row.ended for row in rows):
+                    break
+    return rows
+
+
+def check_prompts(prompts: Sequence[Sequence[int]]) -> int:
+    """Length of the longest prompt. Raises PetaliteError where one has no token."""
+    if not prompts or not all(prompts):
+        raise PetaliteError("the prompt is empty: there is nothing to continue")
+    return max(map(len, prompts))

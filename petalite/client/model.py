@@ -1,0 +1,146 @@
+"""The client's share of a model: tokenizer, embeddings and head here, the blocks in the swarm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import trio
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from petalite.bloom.blocks import Embeddings, Head
+from petalite.bloom.config import BloomConfig
+from petalite.bloom.loading import load_embeddings, load_head
+from petalite.bloom.manifest import Manifest, load_or_make
+from petalite.client.session import InferenceSession
+from petalite.errors import CheckpointError, PetaliteError
+from petalite.models import find_model, model_name
+from petalite.swarm.node import Node
+from petalite.wire.tensors import INT8, RAW
+
+
+@dataclass(frozen=True, slots=True)
+class LocalParts:
+    """What a client loads from a checkpoint."""
+
+    name: str
+    config: BloomConfig
+    manifest: Manifest
+    tokenizer: Tokenizer
+    embeddings: Embeddings
+    head: Head
+    device: torch.device
+
+
+def load_local_parts(model: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> LocalParts:
+    """Read the embeddings, norms, head and tokenizer of `model`. Raises CheckpointError."""
+    directory = find_model(model)
+    manifest = load_or_make(directory)
+    embeddings = load_embeddings(directory, dtype=dtype, device=device, manifest=manifest)
+    head = load_head(directory, embeddings=embeddings, dtype=dtype, device=device, manifest=manifest)
+    return LocalParts(
+        model_name(model),
+        BloomConfig.load(directory),
+        manifest,
+        load_tokenizer(directory),
+        embeddings,
+        head,
+        torch.device(device),
+    )
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """Raises CheckpointError when tokenizer.json is missing or is not one."""
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file, expected the model's tokenizer")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception, with a position in the file as its text
+        raise CheckpointError(f"{path}: not a tokenizer: {str(error)[:200]}") from error
+
+
+class Model:
+    """A model whose blocks are in the swarm. Made by `Swarm.load`.
+
+    `wire` is the activations' form: "auto" (f16, or bf16 where the servers compute in bf16), "f32", "f16", "bf16" or
+    "int8". `notice` gets a quiet line when a server is replaced.
+    """
+
+    def __init__(
+        self, node: Node, parts: LocalParts, *, wire: str = "auto", notice: Callable[[str], None] | None = None
+    ) -> None:
+        self.node = node
+        self.parts = parts
+        self.config = parts.config
+        self.tokenizer = parts.tokenizer
+        self.notice = notice
+        self._wire = wire
+
+    @property
+    def model_id(self) -> bytes:
+        return self.parts.manifest.model_id
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer.encode(text).ids
+        return ids
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        text: str = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
+        return text
+
+    async def embed(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+        """Token ids, rows of one length -> (B, T, C)."""
+        return await trio.to_thread.run_sync(self.embed_here, tokens)
+
+    def embed_here(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+        """`embed`, for a worker thread. Raises PetaliteError for an id outside of the vocabulary."""
+        highest = max(max(row) for row in tokens)
+        if highest >= self.config.vocab_size or min(min(row) for row in tokens) < 0:
+            raise PetaliteError(f"token id {highest} is outside of the vocabulary of {self.config.vocab_size}")
+        with torch.inference_mode():
+            hidden: Tensor = self.parts.embeddings(
+                torch.tensor([list(row) for row in tokens], device=self.parts.device)
+            )
+            return hidden.cpu()
+
+    def logits_here(self, hidden: Tensor) -> Tensor:
+        """hidden (B, C) of one position -> logits (B, vocabulary), in float32; for a worker thread."""
+        with torch.inference_mode():
+            weight = self.parts.head.ln_f.weight
+            logits: Tensor = self.parts.head(hidden.to(device=weight.device, dtype=weight.dtype))
+            return logits.float()
+
+    def session(self, *, max_len: int, batch: int = 1, pad: Sequence[int] | None = None) -> InferenceSession:
+        """A KV cache of `batch` rows x `max_len` tokens in the swarm; use it as an async context manager.
+
+        `pad[i]` tokens at the start of row i are left padding, which nobody looks at.
+
+        Raises PetaliteError if nobody serves the model.
+        """
+        dtype, codec = self._activations()
+        return InferenceSession(
+            self.node,
+            self.model_id,
+            layers=self.config.n_layer,
+            hidden=self.config.hidden_size,
+            batch=batch,
+            max_len=max_len,
+            dtype=dtype,
+            codec=codec,
+            pad=pad,
+            notice=self.notice,
+        )
+
+    def _activations(self) -> tuple[str, str]:
+        if self._wire == "int8":
+            return self._auto_dtype(), INT8
+        return (self._auto_dtype() if self._wire == "auto" else self._wire), RAW
+
+    def _auto_dtype(self) -> str:
+        snapshot = self.node.directory.snapshot(self.model_id)
+        computes = {server.dtype for server in snapshot.servers} if snapshot else set()
+        return "bf16" if computes == {"bfloat16"} else "f16"
