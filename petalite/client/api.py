@@ -15,6 +15,7 @@ from petalite.client.model import Model, load_local_parts
 from petalite.client.sampling import Sampling
 from petalite.errors import PetaliteError
 from petalite.identity import Address, Identity
+from petalite.net.nursery import open_flat_nursery
 from petalite.swarm.node import Node, open_node
 
 
@@ -84,7 +85,7 @@ class Swarm:
         async def load_parts() -> None:
             loaded.append(await trio.to_thread.run_sync(load_local_parts, model, device, abandon_on_cancel=True))
 
-        async with trio.open_nursery(strict_exception_groups=False) as nursery:
+        async with open_flat_nursery() as nursery:
             nursery.start_soon(load_parts)
             nursery.start_soon(self.node.directory.refresh)
         parts = loaded[0]

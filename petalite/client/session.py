@@ -19,6 +19,7 @@ from petalite.client.pipeline import Action, Extend, Hop, Open, Pipeline, Plan, 
 from petalite.errors import ErrorCode, HandshakeError, PeerLost, PetaliteError, RequestError
 from petalite.identity import PeerId
 from petalite.net.connection import PeerConnection, Reply
+from petalite.net.nursery import open_flat_nursery
 from petalite.swarm.node import Node
 from petalite.swarm.routing import Needs, Route
 from petalite.wire import messages
@@ -155,7 +156,7 @@ class InferenceSession:
         if len(actions) == 1:
             await self._perform(actions[0])
             return
-        async with trio.open_nursery(strict_exception_groups=False) as nursery:
+        async with open_flat_nursery() as nursery:
             for action in actions:
                 nursery.start_soon(self._perform, action)
 
