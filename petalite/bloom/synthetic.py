@@ -97,10 +97,8 @@ def formula_tensor(name: str, shape: tuple[int, ...]) -> Tensor:
     u = (x >> 24) - 128  # -128 .. 127
     if name.endswith("layernorm.weight") or name == "ln_f.weight":
         value = 1 + (u >> 2).to(torch.float32) / 128  # 0.75 .. 1.2421875
-    elif name == "word_embeddings.weight":
-        value = u.to(torch.float32) / 256
     else:
-        value = u.to(torch.float32) / 1024
+        value = u.to(torch.float32) / 256
     return value.view(shape)
 
 
