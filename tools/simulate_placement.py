@@ -272,13 +272,14 @@ def judge(world: World, *, small: bool) -> Outcome:
 
 
 def one_can_help(truth: Snapshot) -> bool:
-    """Whether some server that may move could, alone, leave fewer blocks without a holder."""
+    """Whether some server that may move could, alone, close a gap or a part of one without opening another."""
     replicas = truth.replicas()
     for server in truth.servers:
         without = [n - (block in server.blocks) for block, n in enumerate(replicas)]
         for at in range(truth.layers - server.blocks.size + 1):
-            after = sum(n == 0 and not at <= block < at + server.blocks.size for block, n in enumerate(without))
-            if not server.pinned and after < replicas.count(0):
+            after = [n + (at <= block < at + server.blocks.size) for block, n in enumerate(without)]
+            opens = any(then == 0 < now for then, now in zip(after, replicas, strict=True))
+            if not server.pinned and not opens and after.count(0) < replicas.count(0):
                 return True
     return False
 
