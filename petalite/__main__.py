@@ -1,4 +1,4 @@
-"""`python -m petalite` is the command `petalite`; server processes of the demo are started this way."""
+"""`python -m petalite`."""
 
 from petalite.cli import main
 

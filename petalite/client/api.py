@@ -10,7 +10,7 @@ import trio
 
 from petalite import __version__
 from petalite.client.blocking import Portal, open_portal
-from petalite.client.generation import Generation, TokenRow, check_prompts, generate_rows, stream_text
+from petalite.client.generation import Generation, TokenRow, check_prompts, generate_rows, stream_pieces
 from petalite.client.model import Model, load_local_parts
 from petalite.client.sampling import Sampling
 from petalite.errors import PetaliteError
@@ -33,9 +33,10 @@ class RemoteModel(Model):
         check_prompts([tokens])
         async with self.session(max_len=len(tokens) + generation.max_new_tokens) as session:
             row = TokenRow(self, generation)
-            async with aclosing(stream_text(self, session, tokens, [], generation, row)) as pieces:
+            async with aclosing(stream_pieces(self, session, tokens, [], generation, row)) as pieces:
                 async for piece in pieces:
-                    yield piece
+                    if piece:
+                        yield piece
 
     async def generate_text(self, prompt: str, **options: Any) -> str:
         """`prompt`'s continuation, whole."""

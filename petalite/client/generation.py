@@ -112,7 +112,7 @@ class TokenRow:
         return piece
 
 
-async def stream_text(
+async def stream_pieces(
     model: Model,
     session: InferenceSession,
     prompt: Sequence[int],
@@ -121,7 +121,7 @@ async def stream_text(
     row: TokenRow,
     progress: Callable[[int], None] | None = None,
 ) -> AsyncGenerator[str]:
-    """Prefill `prompt` and yield text as it becomes certain, until end, stop sequence or limit.
+    """Prefill `prompt` and yield, for each new token, the text that became certain (maybe ""), until the row ends.
 
     `seen` is all that the model has read in this session, for the repetition penalty; it grows.
     """
@@ -130,8 +130,7 @@ async def stream_text(
     logits = await prefill(model, session, [prompt], progress)
     async with aclosing(decode_tokens(model, session, logits, rows, generation)) as decoding:
         async for tokens in decoding:
-            if piece := row.push(tokens[0]):
-                yield piece
+            yield row.push(tokens[0])
             if row.ended:
                 return
 
