@@ -13,14 +13,17 @@ from typing import Annotated, Any, ClassVar, Final, NamedTuple, Self, TypeVar, d
 
 from petalite.errors import ErrorCode, RequestError
 from petalite.limits import (
+    MAX_ANNOUNCED_ADDRESSES,
     MAX_BATCH,
     MAX_BLOCKS,
     MAX_HOPS,
+    MAX_NEXT_HOPS,
+    MAX_RATE,
     MAX_SESSION_LENGTH,
     MAX_WORD,
     SESSION_ID_BYTES,
 )
-from petalite.wire.packing import Bin, FieldError, Int, Ints, ListOf, OneOf, Plain, Rule, Str, refuse_critical
+from petalite.wire.packing import Bin, Bool, FieldError, Int, Ints, ListOf, OneOf, Plain, Rule, Str, refuse_critical
 from petalite.wire.tensors import CODECS, FLOATS, Descriptor, check_names, parse_descriptors, total_size
 
 COMPUTE_DTYPES: Final = ("float32", "bfloat16", "float16")
@@ -225,8 +228,21 @@ class Empty(Message):
 
 
 @message
+class NextHop(Message):
+    """A measured round trip to another server, named by the first 8 bytes of its peer id."""
+
+    id: Annotated[bytes, Bin(8)]
+    us: Annotated[int, Int(0, 2**32)]
+
+
+@message
 class InfoReply(Message):
-    """What a server holds. `max_len`: its longest session in tokens; `cache_left`: tokens of cache not reserved."""
+    """What a server tells of itself: the reply to `info`, and the value of its record in the DHT (spec/10).
+
+    `max_len`: its longest session in tokens; `cache_left`: tokens of cache not reserved. `decode_rate` and
+    `batch_rate`: block-tokens/s in one-token steps and in long batches; `net_rate`: bits/s; `queue`: ms that a step
+    waits. `moving_to`: the blocks it is about to hold instead; `pinned`: it will not move. `addrs`: host:port.
+    """
 
     model: ModelId
     name: Annotated[str, Str(0, MAX_WORD)]
@@ -241,10 +257,20 @@ class InfoReply(Message):
     cache_left: Annotated[int, Int()]
     state: Annotated[str, OneOf(*STATES)]
     version: Annotated[str, Str(0, MAX_WORD)]
+    moving_to: Annotated[tuple[int, int] | None, Span()] = None
+    pinned: Annotated[bool | None, Bool()] = None
+    decode_rate: Annotated[int | None, Int(1, MAX_RATE)] = None
+    batch_rate: Annotated[int | None, Int(1, MAX_RATE)] = None
+    net_rate: Annotated[int | None, Int(1, MAX_RATE)] = None
+    queue: Annotated[int | None, Int(0, 2**32)] = None
+    push: Annotated[bool | None, Bool()] = None
+    next_hops: Annotated[tuple[NextHop, ...] | None, ListOf(Nested(NextHop), 0, MAX_NEXT_HOPS)] = None
+    addrs: Annotated[tuple[str, ...] | None, ListOf(Str(1, MAX_WORD), 0, MAX_ANNOUNCED_ADDRESSES)] = None
 
     def check_together(self) -> None:
-        if self.blocks[1] > self.layers:
-            raise FieldError(f"field 'blocks' ends at {self.blocks[1]}, the model has {self.layers} layers")
+        for name, span in (("blocks", self.blocks), ("moving_to", self.moving_to)):
+            if span is not None and span[1] > self.layers:
+                raise FieldError(f"field {name!r} ends at {span[1]}, the model has {self.layers} layers")
 
 
 @message
