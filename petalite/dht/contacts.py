@@ -1,7 +1,7 @@
 """A contact: a peer id and where to dial it, and which addresses make sense (spec/09, "Contacts").
 
-Addresses are IP literals with a port, `1.2.3.4:31337` or `[2a00::1]:31337`: a name would make every receiver of a contact
-ask a resolver of the sender's choosing.
+Addresses are IP literals with a port, `1.2.3.4:31337` or `[2a00::1]:31337`: a name would make every receiver of a
+contact ask a resolver of the sender's choosing.
 """
 
 from __future__ import annotations
@@ -132,8 +132,8 @@ make_contact = functools.lru_cache(maxsize=16_384)(Contact)
 def claimed_contact(peer_id: bytes, addrs: Iterable[str], host: str, lan: bool) -> Contact | None:
     """The contact of a peer that asked us something from `host` and says it listens at `addrs`; None if it has none.
 
-    Only addresses at the very IP that we see count (PT-DHT-013): else a peer could name a victim's address as its own and
-    have the swarm dial it. On a LAN, where machines have several addresses, every sane one counts.
+    Only addresses at the very IP that we see count (PT-DHT-013): else a peer could name a victim's address as its
+    own and have the swarm dial it. On a LAN, where machines have several addresses, every sane one counts.
     """
     wanted = []
     plain, percent, scope = host.partition("%")

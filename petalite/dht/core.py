@@ -3,11 +3,13 @@
 The shell around it (`node`) does what `take()` returns and reports back:
 
 - `Ask`: dial the contact if there is no connection, check that the handshake proves `contact.id`, send the request,
-  give up after `seconds`. Then `replied`, `failed` (no answer), `refused` (an ERR: it lives) or `misbehaved` (RemoteProtocolError).
+  give up after `seconds`. Then `replied`, `failed` (no answer), `refused` (an ERR: it lives) or `misbehaved`
+  (RemoteProtocolError).
 - `Done`: the operation with that number has ended.
 
-and it calls `wake` at the time that `timer()` gives, `handle` for each request, and sets `wall_offset_ms` at the start
-and now and then: unix time in ms minus `now` in ms. Times are monotonic seconds, in any order that does not go back.
+and it calls `wake` at the time that `timer()` gives, `handle` for each request, and sets `wall_offset_ms` at the
+start and now and then: unix time in ms minus `now` in ms. Times are monotonic seconds, in any order that does not go
+back.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from petalite.dht.pending import Pending, PendingRequests
 from petalite.dht.records import Verify, make_record
 from petalite.dht.region import RegionSearch
 from petalite.dht.store import Quotas
+from petalite.errors import ErrorCode
 from petalite.identity import verify
 from petalite.limits import (
     ANNOUNCEMENT_EXPIRY_SECONDS,
@@ -52,6 +55,7 @@ __all__ = ["Ask", "Config", "Core", "Done", "Peer", "Self"]
 
 _THIN = 8  # a bucket with fewer contacts is looked up on joining; also the width of such lookups
 _REJOIN_SECONDS = (1.0, 60.0)  # first and longest wait before a join that nobody answered is tried again
+_RETRY_SECONDS = 10.0  # before a publication that nobody took is offered again
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +92,6 @@ class Core:
         self, config: Config, own: Self, rng: random.Random, *, addrs: tuple[str, ...] = (), client: bool = False,
         verify: Verify = verify, quotas: Quotas | None = None,
     ) -> None:  # fmt: skip
-        self.config = config
         self.own = own
         self.n = number(own.id)
         self.addrs = addrs
@@ -99,6 +102,7 @@ class Core:
         self.connected: Callable[[bytes], bool] | None = None
         self._rng = rng
         self._numbers = 0
+        self._seq = 0
         self._operations: dict[int, Operation] = {}
         self._pending = PendingRequests()
         self._publications: dict[bytes, _Publication] = {}
@@ -135,17 +139,13 @@ class Core:
             self._heard(now, contact)
         return self.known.answer(now, self.wall(now), peer, request)
 
-    def size(self, now: float) -> float:
-        """Estimated number of peers in the network, ourselves included."""
-        return self.known.size(now)
-
     # ------------------------------------------------------------------------------------------------ operations
 
     def join(self, now: float, seeds: Iterable[Contact]) -> int:
         """Enter the network through `seeds`: contacts saved from before, then bootstraps, all of them tried.
 
-        Returns the number of the operation, whose JoinResult follows. While nobody answers it is tried again for ever,
-        with rising waits, and each try ends with a Done of its own number.
+        Returns the number of the operation, whose JoinResult follows. While nobody answers it is tried again for
+        ever, with rising waits, and each try ends with a Done of its own number.
         """
         self._seeds = tuple(seeds)
         self._tick_at = min(self._tick_at, now + self._rng.uniform(0.5, 1.0) * DHT_TICK_SECONDS)
@@ -194,7 +194,8 @@ class Core:
     def publish(
         self, now: float, key: bytes, val: dict[str, Any], expiry: float = ANNOUNCEMENT_EXPIRY_SECONDS
     ) -> int:
-        """Store what we say under `key`, and again each third of `expiry` until `withdraw`; each ends with WriteResult.
+        """Store what we say under `key`, and again each third of `expiry` until `withdraw`; each ends with
+        WriteResult.
 
         Raises:
             LocalProtocolError: `val` makes the record too long.
@@ -214,7 +215,9 @@ class Core:
         return operation
 
     def withdraw(self, now: float, key: bytes) -> int | None:
-        """Take back what we published: those who hold it get a newer record without a value. None if there is nothing."""
+        """Take back what we published: those who hold it get a newer record without a value. None if there
+        is nothing.
+        """
         publication = self._publications.pop(key, None)
         if publication is None:
             return None
@@ -229,9 +232,10 @@ class Core:
         return [done for key in list(self._publications) if (done := self.withdraw(now, key)) is not None]
 
     def _signed(self, now: float, key: bytes, val: dict[str, Any] | None, exp_ms: int) -> Store:
+        self._seq = max(self._seq + 1, self.wall(now))  # two within one millisecond are still in order
         raw = make_record(
-            self.config.network_id, key, val,
-            seq=self.wall(now), exp=exp_ms, public_key=self.own.public_key, sign=self.own.sign,
+            self.known.config.network_id, key, val,
+            seq=self._seq, exp=exp_ms, public_key=self.own.public_key, sign=self.own.sign,
         )  # fmt: skip
         self.known.keep(now, self.wall(now), raw, b"")  # we answer for our own key too, if it is ours to hold
         return Store(records=(raw,), addrs=self.addrs, client=self.client)
@@ -247,12 +251,12 @@ class Core:
 
     def _thin_lookup(self, target: int) -> LookupOperation:
         start = self.table.nearest(target, DHT_K)
-        lookup = Lookup(target, self.n, start, k=_THIN, diverse=not self.config.lan, connected=self.connected)
+        lookup = Lookup(target, self.n, start, k=_THIN, diverse=not self.known.config.lan, connected=self.connected)
         return self._find(target, lookup, _THIN)
 
     def _make(self, target: int, start: Iterable[Contact], paths: int, within: int) -> Lookup:
         return Lookup(
-            target, self.n, start, paths=paths, within=within, diverse=not self.config.lan, connected=self.connected
+            target, self.n, start, paths=paths, within=within, diverse=not self.known.config.lan, connected=self.connected
         )
 
     def _search(self, now: float, key: bytes, paths: int) -> RegionSearch:
@@ -310,6 +314,8 @@ class Core:
             publication = self._publications.get(self._writing.pop(name, b""))
             if publication is not None:
                 publication.holders = result.holders
+                if not result.holders:  # alone, or cut off: do not wait a third of the expiry
+                    publication.at = min(publication.at, now + _RETRY_SECONDS)
         if isinstance(result, JoinResult):
             self._joined(now, result)
         self._out.append(Done(name, result))
@@ -318,8 +324,7 @@ class Core:
         if result.answered or not self._seeds:
             self._rejoin_wait = 0.0
             return
-        first, longest = _REJOIN_SECONDS
-        self._rejoin_wait = min(longest, max(first, 2 * self._rejoin_wait))
+        self._rejoin_wait = min(_REJOIN_SECONDS[1], max(_REJOIN_SECONDS[0], 2 * self._rejoin_wait))
         self._rejoin_at = now + self._rejoin_wait * self._rng.uniform(0.8, 1.2)
 
     # ------------------------------------------------------------------------------------------------- answers in
@@ -335,7 +340,7 @@ class Core:
             self._heard(now, contact)
         self._measure(contact, now - pending.sent)
         if isinstance(reply, (Stored, Values)):
-            self.table.dutiful(contact.n)
+            self.known.shirks.clear(contact.n)
         operation = self._operations.get(pending.operation)
         if operation is not None:
             if not operation.replied(contact, pending.target, self.known.filtered(now, reply)):
@@ -349,17 +354,19 @@ class Core:
             return
         contact = pending.contact
         self.known.guard.failed(contact.addrs[0], now)
-        self.table.failed(contact.n, duty=isinstance(pending.request, (Store, FindValue)))
+        self.table.failed(contact.n)
+        if isinstance(pending.request, (Store, FindValue)):
+            self.known.shirked(now, contact.n)
         self._drop(now, pending)
 
-    def refused(self, now: float, ask: int) -> None:
-        """The peer sent ERR: it lives, but this request got nothing. Reads and stores that it never serves count."""
+    def refused(self, now: float, ask: int, code: ErrorCode) -> None:
+        """The peer sent ERR: it lives, but this request got nothing."""
         pending = self._pending.pop(ask)
         if pending is None:
             return
-        if isinstance(pending.request, (Store, FindValue)):
-            self.table.failed(pending.contact.n, duty=True)
         self._heard(now, pending.contact)
+        if isinstance(pending.request, (Store, FindValue)) and code not in (ErrorCode.RATE, ErrorCode.BUSY):
+            self.known.shirked(now, pending.contact.n)
         self._drop(now, pending)
 
     def misbehaved(self, now: float, ask: int) -> None:
@@ -376,7 +383,7 @@ class Core:
             self._pump(now, pending.operation)
 
     def _heard(self, now: float, contact: Contact) -> None:
-        if self.known.marks.unwanted(contact.n, now):
+        if self.known.unwanted(contact.n, now):
             return
         doubtful = self.table.seen(contact, now)
         if doubtful is not None:

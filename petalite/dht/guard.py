@@ -48,8 +48,8 @@ class Rates:
 class DialGuard:
     """Which addresses not to dial now: those that failed lately, and hosts that were dialled too often (PT-DHT-062).
 
-    Whatever contacts a liar names, one victim gets DHT_DIAL_BURST dials from us and then one a second, and fewer if none
-    of them succeeds. `hosts` off: a loopback or LAN swarm has many peers at one host.
+    Whatever contacts a liar names, one victim gets DHT_DIAL_BURST dials from us and then one a second, and fewer if
+    none of them succeeds. `hosts` off: a loopback or LAN swarm has many peers at one host.
     """
 
     def __init__(self, *, hosts: bool = True) -> None:
@@ -83,7 +83,8 @@ class DialGuard:
 
 
 class Marks:
-    """Offences of peers: too many contacts, records of other keys. DHT_MARKS of them within DHT_MARK_SECONDS are enough."""
+    """Offences of peers: DHT_MARKS of them, each within DHT_MARK_SECONDS of the one before, make a peer unwanted for
+    as long. One set counts lies (too many contacts, records of other keys), another stores and reads not served."""
 
     def __init__(self) -> None:
         self._marks: OrderedDict[int, tuple[int, float]] = OrderedDict()
@@ -105,3 +106,7 @@ class Marks:
             return False
         count, at = self._marks.get(n, (0, 0.0))
         return count >= DHT_MARKS and now - at <= DHT_MARK_SECONDS
+
+    def clear(self, n: int) -> None:
+        if self._marks:
+            self._marks.pop(n, None)

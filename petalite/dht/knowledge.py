@@ -1,4 +1,5 @@
-"""What a node knows, and what it says of it: table, store, marks, network size (spec/09, "Answering"; spec/10, "Storing").
+"""What a node knows, and what it says of it: table, store, marks, network size (spec/09, "Answering"; spec/10,
+"Storing").
 
 `core` asks others; this is the part that answers them. Times are monotonic seconds, `wall_ms` unix milliseconds.
 """
@@ -24,7 +25,9 @@ _SIZE_SECONDS = 10.0  # for so long one estimate is used
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """`lan`: loopback and private addresses are good and subnets are not counted. `puzzle`: bits peers' keys must show."""
+    """`lan`: loopback and private addresses are good and subnets are not counted. `puzzle`: bits peers' keys
+    must show.
+    """
 
     network_id: str
     lan: bool = False
@@ -59,6 +62,7 @@ class Knowledge:
         self.store = RecordStore(self.n, quotas or (Quotas(subnet=None) if config.lan else Quotas()))
         self.guard = DialGuard(hosts=not config.lan)
         self.marks = Marks()
+        self.shirks = Marks()
         self.samples = SizeEstimate()
         self._rates = Rates()
         self._verify = verify
@@ -75,11 +79,12 @@ class Knowledge:
         """
         cost = 1.0 + len(request.records) if isinstance(request, Store) else 1.0
         if wait := self._rates.take(peer.id, now, cost):
-            raise RequestError(ErrorCode.RATE, "too many DHT requests", {"retry": True, "after": int(wait * 1000) + 1})
+            raise RequestError(ErrorCode.RATE, "too many DHT requests", {"retry": True, "after": int(wait * 1000) +
+            1})
 
     def introduced(self, now: float, peer: Peer, request: Request) -> Contact | None:
         """The contact of a peer that asks, if it can be dialled and is wanted: its id is proven by the connection."""
-        if request.client or not request.addrs or self.marks.unwanted(number(peer.id), now):
+        if request.client or not request.addrs or self.unwanted(number(peer.id), now):
             return None
         if not self.worthy(peer):
             return None
@@ -179,13 +184,13 @@ class Knowledge:
         """
         if not isinstance(reply, (Nodes, Values)) or not reply.contacts:
             return reply
-        least, marks, guard = self._least, self.marks, self.guard
+        least, guard = self._least, self.guard
         kept = [contact for contact in reply.contacts[:DHT_K] if contact.reach >= least]
-        if marks or guard:
+        if guard or self.marks or self.shirks:
             kept = [
                 contact
                 for contact in kept
-                if not marks.unwanted(contact.n, now) and not guard.backed_off(contact.addrs[0], now)
+                if not self.unwanted(contact.n, now) and not guard.backed_off(contact.addrs[0], now)
             ]
         if len(kept) == len(reply.contacts):
             return reply
@@ -194,7 +199,16 @@ class Knowledge:
             return Nodes(contacts=tuple(kept), excess=excess)
         return Values(records=reply.records, contacts=tuple(kept), cursor=reply.cursor, excess=excess)
 
+    def unwanted(self, n: int, now: float) -> bool:
+        """Whether a peer offended so often that it has no place in the table for now."""
+        return self.marks.unwanted(n, now) or self.shirks.unwanted(n, now)
+
     def mark(self, now: float, n: int) -> None:
-        """Note an offence of a peer; too many cost it its place for a while."""
+        """Note an offence of a peer; too many cost it its place for a while (PT-DHT-024)."""
         if self.marks.mark(n, now):
+            self.table.remove(n)
+
+    def shirked(self, now: float, n: int) -> None:
+        """Note a store or read that a peer did not serve; lookups it answers do not make up for it (PT-DHT-025)."""
+        if self.shirks.mark(n, now):
             self.table.remove(n)

@@ -1,14 +1,14 @@
 """The iterative lookup as an object that never waits: whom to ask next, and what came back (spec/09, "Lookup").
 
-A lookup ends when the k nearest peers it knows of have all been asked, on every path; an answer never ends it. A peer slower
-than its time-out frees its place at once and still counts if it answers later. Paths are disjoint (Baumgart and Mies,
-S/Kademlia, 2007): a peer belongs to the path that first heard of it. Whoever names peers that turn out dead loses its
-say: what it alone names is asked last.
+A lookup ends when the k nearest peers it knows of have all been asked, on every path; an answer never ends it. A
+peer slower than its time-out frees its place at once and still counts if it answers later. Paths are disjoint
+(Baumgart and Mies, S/Kademlia, 2007): a peer belongs to the path that first heard of it. Whoever names peers that
+turn out dead loses its say: what it alone names is asked last.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from bisect import insort
 from collections import Counter
 from collections.abc import Callable, Iterable
 from enum import IntEnum
@@ -48,21 +48,22 @@ class _Path:
     __slots__ = ("in_flight", "order")
 
     def __init__(self) -> None:
-        self.order: list[tuple[int, _Candidate]] = []  # by distance; distances never tie, so candidates are not compared
+        self.order: list[tuple[int, _Candidate]] = []  # by distance, which never ties
         self.in_flight = 0
 
 
 class Lookup:
-    """One lookup of `target`. Call `next` until it gives nothing; feed `replied`, `slow` and `failed`; read the result.
+    """One lookup of `target`. Call `next` until it gives nothing; feed `replied`, `slow` and `failed`; read the
+    result.
 
     `within`: also ask every peer up to that distance, however many are nearer (a region, see `region`).
-    `connected(id)` prefers open connections among contacts of equal rank, that is with the same highest differing bit.
-    `diverse`: at most 2 peers of a subnet are asked before all others have been.
+    `connected(id)` prefers open connections among contacts of equal rank, that is with the same highest differing
+    bit. `diverse`: at most 2 peers of a subnet are asked before all others have been.
     """
 
     def __init__(
-        self, target: int, own: int, start: Iterable[Contact], *, k: int = DHT_K, alpha: int = DHT_ALPHA, paths: int = 1,
-        within: int = 0, diverse: bool = True, connected: Callable[[bytes], bool] | None = None,
+        self, target: int, own: int, start: Iterable[Contact], *, k: int = DHT_K, alpha: int = DHT_ALPHA, paths: int
+        = 1, within: int = 0, diverse: bool = True, connected: Callable[[bytes], bool] | None = None,
     ) -> None:  # fmt: skip
         self.target = target
         self._own = own
@@ -287,8 +288,15 @@ class Lookup:
         return found
 
     def known_within(self, within: int) -> int:
-        """How many peers up to the distance `within` were named to us, live or not."""
-        return bisect_left(self._all.order, within, key=lambda item: item[0])
+        """How many peers up to the distance `within` were named by anybody who kept its say, whether or not
+        they live.
+        """
+        count = 0
+        for distance, candidate in self._all.order:
+            if distance > within:
+                break
+            count += not candidate.referrers or not self._distrusted.issuperset(candidate.referrers)
+        return count
 
     def hops(self) -> int:
         """How many hops away the nearest answer was; 0 without one."""

@@ -1,7 +1,7 @@
 """What a node does over several requests: search, read, write, join, ping (spec/09, "Operations").
 
-An operation says whom to ask what, takes what came back, and ends with a result. It never waits and knows neither time nor
-table; `core` sends, measures and times out.
+An operation says whom to ask what, takes what came back, and ends with a result. It never waits and knows neither
+time nor table; `core` sends, measures and times out.
 """
 
 from __future__ import annotations
@@ -243,7 +243,8 @@ class ReadOperation:
     def asks(self) -> list[Ask]:
         asks, self._paging = self._paging, []
         for contact, target in self._search.next():
-            asks.append((contact, target, self._find_value if target == self._search.target else self._find_node(target)))
+            request = self._find_value if target == self._search.target else self._find_node(target)
+            asks.append((contact, target, request))
         return asks
 
     def replied(self, contact: Contact, target: int, reply: Reply) -> bool:

@@ -1,4 +1,6 @@
-"""Requests under way and their two time-outs: one after which another peer is asked, one after which it is a failure."""
+"""Requests under way and their two time-outs: one after which another peer is asked, one after which it is a
+failure.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,8 @@ class PendingRequests:
     def due(self, now: float) -> tuple[int, Pending, bool] | None:
         """One request whose time-out has passed, and whether that was the final one; None if there is none.
 
-        After the first it gets the second, DHT_MAX_TIMEOUT after it was sent; after the final one it is the caller's to pop.
+        After the first it gets the second, DHT_MAX_TIMEOUT after it was sent; after the final one it is the caller's
+        to pop.
         """
         while self._deadlines and self._deadlines[0][0] <= now:
             _, number, final = heapq.heappop(self._deadlines)

@@ -1,9 +1,10 @@
 """Finding everybody who should hold a key, even where an attacker crowds it (spec/09, "Regions").
 
-Kademlia stores at the k nearest peers, and so whoever grinds k ids nearer than any honest one owns a key. The remedy (Content
-eclipse on IPFS, arXiv 2307.12212, and its answer by regions, arXiv 2505.01139) is to store at and ask *all* peers within
-the distance at which k honest ones are expected. Honest peers still answer with the k nearest they know, which may all be
-sybils; so where far more peers are named than should be there, the rest of the region is looked up by itself.
+Kademlia stores at the k nearest peers, and so whoever grinds k ids nearer than any honest one owns a key. The remedy
+(Content eclipse on IPFS, arXiv 2307.12212, and its answer by regions, arXiv 2505.01139) is to store at and ask *all*
+peers within the distance at which k honest ones are expected. Honest peers still answer with the k nearest they
+know, which may all be sybils; so where far more peers are named than should be there, the rest of the region is
+looked up by itself.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ Ask = tuple[Contact, int]
 class RegionSearch:
     """A lookup of `target` that ends only when all known peers within `radius` have been asked.
 
-    `start(target)` gives the contacts of our own table nearest to a target, `make(target, start, paths, within)` a lookup.
+    `start(target)` gives the contacts of our own table nearest to a target, `make(target, start, paths, within)` a
+    lookup.
     """
 
     def __init__(
@@ -63,7 +65,9 @@ class RegionSearch:
         return asks
 
     def _look_aside(self) -> None:
-        """Look up the two largest parts of the region that do not hold the key: key XOR the radius' highest two bits."""
+        """Look up the two largest parts of the region that do not hold the key: key XOR the radius' highest
+        two bits.
+        """
         top = self.radius.bit_length() - 1
         for bit in (top, top - 1):
             target = self.target ^ (1 << bit)

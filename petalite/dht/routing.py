@@ -1,7 +1,7 @@
 """The routing table: which peers we know, in buckets by distance (spec/09, "Routing table").
 
-It holds verified peers only: those that proved their id to us in a handshake. It says whom to ping and whom to ask, and
-does neither. Times are monotonic seconds. `target` is an id as an integer (`ids.number`).
+It holds verified peers only: those that proved their id to us in a handshake. It says whom to ping and whom to ask,
+and does neither. Times are monotonic seconds. `target` is an id as an integer (`ids.number`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from petalite.limits import (
     DHT_BUCKET_PER_SUBNET,
     DHT_CHECK_AFTER_SECONDS,
     DHT_K,
-    DHT_MARKS,
     DHT_REFRESH_SECONDS,
     DHT_REPLACEMENTS,
     DHT_SIBLINGS,
@@ -24,7 +23,9 @@ from petalite.limits import (
 
 
 class Entry:
-    """A contact in the table. `failures` in a row; `shirks` are failed stores and reads, which lookups do not mend."""
+    """A contact in the table. `failures` in a row; `shirks` are failed stores and reads, which lookups do
+    not mend.
+    """
 
     __slots__ = ("contact", "failures", "rtt", "seen", "shirks")
 
@@ -33,13 +34,13 @@ class Entry:
         self.seen = seen
         self.rtt = 0.0  # EWMA in seconds; 0 = not measured
         self.failures = 0
-        self.shirks = 0
 
 
 class RoutingTable:
     """k-buckets with replacement caches, and the siblings: the nearest peers whether or not their bucket had room.
 
-    `diverse` limits how many peers of one subnet are kept; it is off for loopback and LAN swarms, where all share one.
+    `diverse` limits how many peers of one subnet are kept; it is off for loopback and LAN swarms, where all share
+    one.
     """
 
     def __init__(
@@ -81,7 +82,8 @@ class RoutingTable:
     # ------------------------------------------------------------------------------------------------ learning
 
     def seen(self, contact: Contact, now: float) -> Contact | None:
-        """Note that a verified peer spoke. Returns the contact to ping, if the newcomer waits for an answer of that one.
+        """Note that a verified peer spoke. Returns the contact to ping, if the newcomer waits for an answer of that
+        one.
 
         Answer or not, tell the table: `seen` keeps the old contact, `failed` lets the newcomer in (PT-DHT-021).
         """
@@ -174,28 +176,20 @@ class RoutingTable:
 
     # ----------------------------------------------------------------------------------------------- forgetting
 
-    def failed(self, n: int, *, duty: bool = False) -> bool:
+    def failed(self, n: int) -> bool:
         """Note a request that peer `n` left unanswered. True if that cost it its place.
 
-        The second failure in a row does; the first if a newcomer waits. `duty`: a read or store failed; a peer
-        that answers lookups but never those goes too, after as many as any other offence takes (PT-DHT-025).
+        The second failure in a row does; the first if a newcomer waits (PT-DHT-022).
         """
         entry = self.entry(n)
         if entry is None:
             self._waiting.get((n ^ self.own).bit_length() - 1, {}).pop(n, None)
             return False
         entry.failures += 1
-        entry.shirks += duty
-        if entry.failures < 2 and entry.shirks < DHT_MARKS and not self._waiting.get((n ^ self.own).bit_length() - 1):
+        if entry.failures < 2 and not self._waiting.get((n ^ self.own).bit_length() - 1):
             return False
         self.remove(n)
         return True
-
-    def dutiful(self, n: int) -> None:
-        """Note that a peer answered a read or a store."""
-        entry = self.entry(n)
-        if entry is not None:
-            entry.shirks = 0
 
     def remove(self, n: int) -> None:
         """Forget a peer at once; the newest newcomer that fits takes its place in the bucket."""
@@ -226,10 +220,11 @@ class RoutingTable:
     # --------------------------------------------------------------------------------------------------- asking
 
     def nearest(self, target: int, count: int) -> list[Contact]:
-        """The `count` contacts nearest to `target`, nearest first, without those that left their last request unanswered.
+        """The `count` contacts nearest to `target`, nearest first, without those that left their last request
+        unanswered.
 
-        Buckets are visited in the order of their distance to the target, so only one or two are sorted: first those in
-        whose bit own id and target differ, from the highest down, then the others from the lowest up.
+        Buckets are visited in the order of their distance to the target, so only one or two are sorted: first those
+        in whose bit own id and target differ, from the highest down, then the others from the lowest up.
         """
         found: list[Contact] = []
         to_target = target.__xor__

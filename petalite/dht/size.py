@@ -1,8 +1,9 @@
 """How many peers the network has, estimated from how densely ids lie (spec/09, "Network size").
 
-The m-th nearest of N random ids lies at a distance of about m / N of the space; the median of that gamma law is m - 1/3, so
-(m - 1/3) / distance is an estimate that is too high as often as too low, and the median of several stays so. Targets
-are of our own random choice: crowding one key moves at most one sample in eight. Content keys are never sampled.
+The m-th nearest of N random ids lies at a distance of about m / N of the space; the median of that gamma law is m -
+1/3, so (m - 1/3) / distance is an estimate that is too high as often as too low, and the median of several stays so.
+Targets are of our own random choice: crowding one key moves at most one sample in eight. Content keys are never
+sampled.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class SizeEstimate:
     def value(self, own: int, nearest: Sequence[int], known: int) -> float:
         """Estimated number of peers, ourselves included; at least the `known` ones.
 
-        `nearest` are the ids of the peers nearest to `own`. With fewer than k peers known all of them are the network.
+        `nearest` are the ids of the peers nearest to `own`. With fewer than k peers known all of them are the
+        network.
         """
         if known < DHT_K:
             return known + 1.0

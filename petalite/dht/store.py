@@ -1,7 +1,7 @@
 """What a node keeps for others: records by key and publisher, within quotas (spec/10, "Storing").
 
-The store judges times, numbers and quotas; the caller has judged form, network and signature (`records.read_record`) and
-whether the key is its business. Wall-clock times are unix milliseconds.
+The store judges times, numbers and quotas; the caller has judged form, network and signature (`records.read_record`)
+and whether the key is its business. Wall-clock times are unix milliseconds.
 """
 
 from __future__ import annotations
@@ -105,8 +105,9 @@ class RecordStore:
     def _superfluous(self, group: dict[bytes, _Held], subnet: bytes, wall_ms: int) -> _Held | None:
         """Who leaves a full key for a newcomer of `subnet`: diversity first, then freshness; None: the newcomer.
 
-        The stalest of the subnet that holds most places goes, if it holds more than the newcomer's would. Else nobody's
-        subnet is to blame: whoever missed its announcements goes. Being newest is no merit, or a flood would win.
+        The stalest of the subnet that holds most places goes, if it holds more than the newcomer's would. Else
+        nobody's subnet is to blame: whoever missed its announcements goes. Being newest is no merit, or a flood
+        would win.
         """
         crowd = Counter(held.subnet for held in group.values())
         crowded, most = max(crowd.items(), key=lambda item: (item[1], item[0]))
@@ -163,7 +164,8 @@ class RecordStore:
     def page(
         self, key: bytes, after: bytes, wall_ms: int, count: int = MAX_RECORDS_PER_MESSAGE
     ) -> tuple[list[bytes], bytes | None]:
-        """Up to `count` live records of `key` whose publishers come after `after` (b"": from the start), in their order.
+        """Up to `count` live records of `key` whose publishers come after `after` (b"": from the start), in their
+        order.
 
         Second: the cursor of the next page, the last publisher of this one; None if this is the last.
         """

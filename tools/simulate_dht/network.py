@@ -1,4 +1,5 @@
-"""A simulated network: a heap of events, virtual time, one seed. The same seed gives the same trace, and so the same hash.
+"""A simulated network: a heap of events, virtual time, one seed. The same seed gives the same trace, and so the same
+hash.
 
 Signatures are a cheap deterministic stand-in (two SHA-256), handed to the core as arguments; ids are honest hashes of
 random "public keys". Everything else is the code that real nodes run.
@@ -18,7 +19,7 @@ from petalite.dht.contacts import Contact
 from petalite.dht.ids import number
 from petalite.dht.messages import METHOD_OF, Reply, Request, reply_from_map, request_from_map, to_map
 from petalite.dht.operations import Result
-from petalite.errors import RequestError
+from petalite.errors import ErrorCode, RequestError
 from petalite.identity import peer_id_of
 from petalite.wire.packing import decode, encode
 
@@ -59,7 +60,9 @@ class Node:
 
 
 class Network:
-    """Nodes, virtual time and the messages under way. `wire`: encode and decode each message as a connection would."""
+    """Nodes, virtual time and the messages under way. `wire`: encode and decode each message as a connection
+    would.
+    """
 
     def __init__(self, seed: int, *, wire: bool = False) -> None:
         self.rng = random.Random(seed)
@@ -67,7 +70,7 @@ class Network:
         self.nodes: list[Node] = []
         self.rpcs = 0
         self._by_place: dict[str, Node] = {}
-        self._events: list[tuple[float, int, Callable[..., None], tuple[object, ...]]] = []
+        self._events: list[tuple[float, int, Callable[..., object], tuple[object, ...]]] = []
         self._count = 0
         self._trace = hashlib.sha256()
         self._wire = wire
@@ -147,7 +150,7 @@ class Network:
 
     # ----------------------------------------------------------------------------------------------------- events
 
-    def at(self, when: float, what: Callable[..., None], *arguments: object) -> None:
+    def at(self, when: float, what: Callable[..., object], *arguments: object) -> None:
         self._count += 1
         heapq.heappush(self._events, (when, self._count, what, arguments))
 
@@ -202,16 +205,19 @@ class Network:
             if reply is None:
                 reply = node.core.handle(self.now, source.peer, request)
                 self._after(node)
-        except RequestError:
-            reply = None
+        except RequestError as error:
+            self.at(self.now + rtt / 2, self._answer, source, ask, error.code)
+            return
         self.at(self.now + rtt / 2, self._answer, source, ask, reply)
 
-    def _answer(self, source: Node, ask: dht.Ask, reply: Reply | None) -> None:
+    def _answer(self, source: Node, ask: dht.Ask, reply: Reply | ErrorCode | None) -> None:
         if not source.alive:
             return
         self._note(2, source.index, number(ask.contact.id) & 0xFFFFFFFF)
         if reply is None:
-            source.core.refused(self.now, ask.number)
+            source.core.failed(self.now, ask.number)
+        elif isinstance(reply, ErrorCode):
+            source.core.refused(self.now, ask.number, reply)
         else:
             if self._wire:
                 reply = reply_from_map(ask.request, decode(encode(to_map(reply))))

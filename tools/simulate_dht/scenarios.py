@@ -1,4 +1,6 @@
-"""What is simulated, and what is measured. Each scenario is a function of a seed and its sizes; it returns a `Report`."""
+"""What is simulated, and what is measured. Each scenario is a function of a seed and its sizes; it returns a
+`Report`.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,8 @@ class Report:
         )
 
 
-# ------------------------------------------------------------------------------------------------------ building blocks
+# ------------------------------------------------------------------------------------------------------ building
+# blocks
 
 
 def grow(network: Network, count: int, *, spacing: float = 0.1, quiet: float = 600.0) -> list[Node]:
@@ -178,7 +181,8 @@ def liars_of(network: Network, nodes: list[Node], share: float, fakes: int) -> l
     return gang
 
 
-# ------------------------------------------------------------------------------------------------------------ scenarios
+# ------------------------------------------------------------------------------------------------------------
+# scenarios
 
 
 def healthy(seed: int, nodes: int = 1000, lookups: int = 300, spacing: float = 0.1, quiet: float = 600.0) -> Report:
@@ -187,7 +191,7 @@ def healthy(seed: int, nodes: int = 1000, lookups: int = 300, spacing: float = 0
     members = grow(network, nodes, spacing=spacing, quiet=quiet)
     joined = network.rpcs / nodes
     figures = look_up(network, lookups, 1, members)
-    sizes = sorted(node.core.size(network.now) / nodes for node in members)
+    sizes = sorted(node.core.known.size(network.now) / nodes for node in members)
     figures |= {"join rpcs": joined, "size p5": sizes[nodes // 20], "size p95": sizes[nodes * 19 // 20]}
     figures["size p50"] = sizes[nodes // 2]
     return Report(
