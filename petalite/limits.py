@@ -55,8 +55,8 @@ IDLE_TICK_SECONDS = 0.5  # and one without
 MAX_DEADLINE_SECONDS = 3600.0
 MAX_RETRY_AFTER_SECONDS = 30.0
 
-SHARED_QUANTUM = 16 * 1024  # body bytes of one stream in a row while others wait; MAX_DATA when it is alone
-MIN_QUANTUM = 4 * 1024  # no smaller piece is cut to fit what a slow socket takes at a time
+SHARED_QUANTUM = 16 * 1024  # body bytes in a row while others wait; MAX_DATA for bulk, which anything may overtake
+MIN_QUANTUM = 4 * 1024  # no smaller piece is cut for a slow socket
 LOW_CLASS_EVERY = 16
 WRITE_AHEAD = 256 * 1024
 WRITE_AHEAD_SLOW = 16 * 1024
@@ -80,6 +80,8 @@ MAX_MANIFEST = 2**20
 # Sessions (spec/07)
 SESSION_ID_BYTES = 16
 INFO_SECONDS = 10.0
+NEAR_INFO_SECONDS = 3.0  # a server on our own networks answers sooner
+MAX_DIRECTORY = 4_096
 EXPIRY_SECONDS = 1.0
 MAX_RATE = 2**53  # of anything announced per second
 MAX_NEXT_HOPS = 8
@@ -143,3 +145,18 @@ RECORDS_PER_SUBNET = 256
 RECORDS_TOTAL = 50_000
 SUBKEYS_PER_KEY = 256
 SUBKEY_STALE_SECONDS = 300
+
+# LAN discovery (spec/11). Times in seconds.
+MAX_LAN_TXT = 400  # bytes of one TXT record, strings' length bytes included
+MAX_LAN_ADDRESSES = 8  # of one instance that are published
+MAX_LAN_DIALS = 4  # of one instance that are dialled
+MAX_LAN_INSTANCES = 256  # remembered at a time, foreign ones included
+LAN_LIFETIME_SECONDS = 120.0  # an instance is believed no longer than this after it was last heard, whatever its TTL
+LAN_MIN_LIFETIME_SECONDS = 10.0  # nor less: a TTL of 1 would have us ask all the time
+LAN_REFRESH_SHARE = 0.75  # of the lifetime, after which it is asked again
+LAN_RETRY_SECONDS = 2.0
+LAN_RESOLVE_SECONDS = 1.5
+LAN_RESOLVERS = 4  # instances asked at a time
+LAN_PENDING_EVENTS = 1_024  # appearances and departures not yet looked at; more are dropped
+LAN_INTERFACE_SECONDS = 3.0  # how often the machine's addresses are looked at
+LAN_GOODBYE_SECONDS = 2.0

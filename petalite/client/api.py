@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from typing import Any
@@ -11,12 +12,14 @@ import trio
 from petalite import __version__
 from petalite.client.blocking import Portal, open_portal
 from petalite.client.generation import Generation, TokenRow, check_prompts, generate_rows, stream_pieces
-from petalite.client.model import Model, load_local_parts
+from petalite.client.model import LocalParts, Model, load_local_parts
 from petalite.client.sampling import Sampling
 from petalite.errors import PetaliteError
 from petalite.identity import Address, Identity
-from petalite.net.nursery import open_flat_nursery
 from petalite.swarm.node import Node, open_node
+
+# How long to look for servers of a model before saying that there are none.
+DISCOVERY_SECONDS = 8.0
 
 
 class RemoteModel(Model):
@@ -81,41 +84,61 @@ class Swarm:
         """
         if wire not in ("auto", "f32", "f16", "bf16", "int8"):
             raise ValueError(f"wire must be auto, f32, f16, bf16 or int8, not {wire!r}")
-        loaded = []
-
-        async def load_parts() -> None:
-            loaded.append(await trio.to_thread.run_sync(load_local_parts, model, device, abandon_on_cancel=True))
-
-        async with open_flat_nursery() as nursery:
-            nursery.start_soon(load_parts)
-            nursery.start_soon(self.node.directory.refresh)
-        parts = loaded[0]
-        self._check_served(parts.name, parts.manifest.model_id)
+        load = functools.partial(load_local_parts, model, device)
+        parts = await trio.to_thread.run_sync(load, abandon_on_cancel=True)  # others are found meanwhile
+        config = parts.config
+        self.node.directory.watch(parts.manifest.model_id, config.n_layer, config.hidden_size)
+        await self._find_servers(parts)
         return RemoteModel(self.node, parts, wire=wire, notice=notice)
 
-    def _check_served(self, name: str, model_id: bytes) -> None:
-        directory = self.node.directory
-        if model_id in directory.models():
-            return
-        found = [f"{info.name} ({key.hex()[:8]}..)" for key, info in directory.models().items()]
-        others = f"; served here: {', '.join(found)}" if found else ""
-        problems = "".join(f"; {problem}" for problem in directory.problems())
-        if not directory.entries:
-            problems = "; no peer is known: give one with --peer"
-        raise PetaliteError(f"no server of {name} ({model_id.hex()[:8]}..) was found{others}{problems}")
+    async def _find_servers(self, parts: LocalParts) -> None:
+        """Wait until every block has a server; raises PetaliteError that says what is missing and why."""
+        directory, model = self.node.directory, parts.manifest.model_id
+        with trio.move_on_after(DISCOVERY_SECONDS):
+            while True:
+                await directory.refresh()
+                snapshot = directory.snapshot(model)
+                if snapshot is not None and not snapshot.gaps():
+                    return
+                if not self.node.may_find_more:
+                    break
+                changed = directory.changed
+                with trio.move_on_after(0.5):
+                    await changed.wait()
+        raise PetaliteError(_what_is_missing(self.node, parts))
+
+
+def _what_is_missing(node: Node, parts: LocalParts) -> str:
+    directory, model = node.directory, parts.manifest.model_id
+    snapshot = directory.snapshot(model)
+    name = f"{parts.name} ({model.hex()[:8]}..)"
+    if snapshot is not None:
+        text = f"blocks {', '.join(map(str, snapshot.gaps()))} of {name} are held by nobody"
+    else:
+        text = f"no server of {name} was found"
+    others = [f"{info.name} ({key.hex()[:8]}..)" for key, info in directory.models().items() if key != model]
+    if others:
+        text += f"; served here: {', '.join(others)}"
+    if not directory.entries:
+        return f"{text}; no peer is known: give one with --peer"
+    return "; ".join([text, *directory.problems()])
 
 
 @asynccontextmanager
-async def join(peers: Sequence[str | Address] = (), **options: Any) -> AsyncIterator[Swarm]:
-    """Join a swarm under a fresh identity: `async with petalite.join(peers=[...]) as swarm`.
+async def join(
+    peers: Sequence[str | Address] = (), *, lan: bool = True, lan_interface: str | None = None, **options: Any
+) -> AsyncIterator[Swarm]:
+    """Join a swarm under a fresh identity: `async with petalite.join() as swarm` finds it on the LAN.
 
-    `peers` are addresses (petalite://PEER_ID@HOST:PORT); other options as for `Endpoint`. Raises ValueError for a
-    malformed address.
+    `peers` are addresses (petalite://PEER_ID@HOST:PORT) to begin with; `lan` False searches the LAN no more, and
+    `lan_interface` is the address of the only interface to search. Other options as for `Endpoint`. Raises ValueError
+    for a malformed address.
     """
     addresses = [Address.parse(peer) if isinstance(peer, str) else peer for peer in peers]
     options.setdefault("agent", f"petalite/{__version__}")
     identity = options.pop("identity", None) or Identity.generate()
     async with open_node(identity, peers=addresses, **options) as node:
+        await node.start(lan=lan, lan_interface=lan_interface)
         yield Swarm(node)
 
 

@@ -1,34 +1,83 @@
-"""This peer in a swarm: its endpoint, what it knows of the others, and whom it distrusts for now."""
+"""This peer in a swarm: its endpoint, how it finds the others, what it knows of them, and whom it distrusts for now."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable
+import ipaddress
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 import trio
 
+from petalite.dht.node import DhtNode, contact_of
+from petalite.errors import PeerUnreachable
 from petalite.identity import Address, Identity, PeerId
+from petalite.limits import GOODBYE_SECONDS
 from petalite.net.connection import PeerConnection
 from petalite.net.endpoint import Endpoint, open_endpoint
-from petalite.swarm.directory import Directory
+from petalite.swarm.directory import Directory, given
 from petalite.swarm.routing import Bans, Needs, NoRoute, Route, plan_inference
 
 
 class Node:
-    """Made by `open_node`."""
+    """Made by `open_node`. `dht` is None until a client or server has joined it (`join_dht`)."""
 
-    def __init__(self, endpoint: Endpoint, peers: Iterable[Address]) -> None:
+    def __init__(self, endpoint: Endpoint, nursery: trio.Nursery, peers: Sequence[Address]) -> None:
         self.endpoint = endpoint
-        self.directory = Directory(endpoint, peers)
+        self.directory = Directory(endpoint)
         self.bans = Bans()
+        self.dht: DhtNode | None = None
+        self.peers = peers
+        self._nursery = nursery
+        self._joined: set[PeerId] = set()
+
+    # Finding others
+
+    async def start(self, *, lan: bool, lan_interface: str | None = None, addresses: Sequence[Address] = ()) -> None:
+        """Search for others: through the peers given by hand, the DHT behind them, and the LAN unless told not to.
+
+        `addresses`: where others reach us; a server has some, a client has none and is not asked anything.
+        """
+        self.dht = DhtNode(
+            self.endpoint,
+            addrs=[f"[{a.host}]:{a.port}" if ":" in a.host else f"{a.host}:{a.port}" for a in addresses],
+            lan=not any(is_global(a.host) for a in (*addresses, *self.peers)),
+        )
+        self.directory.dht = self.dht
+        await self._nursery.start(self.dht.run)
+        await self._nursery.start(self.directory.run)
+        given(self.directory, self.peers)
+        self._join_dht(self.peers)
+
+    def _join_dht(self, addresses: Iterable[Address]) -> None:
+        """Enter the DHT through peers not tried before."""
+        by_peer: dict[PeerId, list[Address]] = {}
+        for address in addresses:
+            if address.peer not in self._joined:
+                by_peer.setdefault(address.peer, []).append(address)
+        contacts = [contact for found in by_peer.values() if (contact := contact_of(found)) is not None]
+        self._joined.update(by_peer)
+        if contacts and self.dht is not None:
+            self.dht.join(contacts)
+
+    @property
+    def may_find_more(self) -> bool:
+        """Whether waiting can bring servers that are not known yet: somebody answers, or the LAN is searched."""
+        return any(not entry.problem for entry in self.directory.entries.values())
+
+    # Using others
 
     async def connect(self, peer: PeerId) -> PeerConnection:
         """The connection to a known peer. Raises PeerUnreachable, HandshakeError."""
-        return await self.endpoint.connect(*self.directory.addresses_of(peer))
+        self.directory.touch()
+        addresses = self.directory.addresses_of(peer)
+        if not addresses:
+            raise PeerUnreachable(f"no address is known for peer {peer.short}..")
+        return await self.endpoint.connect(*addresses)
 
     def plan(self, model: bytes, needs: Needs) -> Route | NoRoute | None:
         """The best route now; None if nobody serves the model."""
+        self.directory.touch()
         snapshot = self.directory.snapshot(model)
         if snapshot is None:
             return None
@@ -37,16 +86,33 @@ class Node:
         )
 
     def failed(self, peer: PeerId) -> None:
-        """`peer` let us down: it is out of the routes for a while."""
+        """`peer` let us down: it is out of the routes for a while, and asked whether it still serves."""
         self.bans = self.bans.failed(peer, trio.current_time())
+        self.directory.lost(peer)
 
     def succeeded(self, peer: PeerId) -> None:
+        """`peer` did what was asked."""
         if peer in self.bans.entries:
             self.bans = self.bans.succeeded(peer)
 
+    async def leave(self) -> None:
+        """Withdraw what we published; bounded."""
+        if self.dht is not None:
+            with trio.move_on_after(GOODBYE_SECONDS, shield=True):
+                await self.dht.leave()
+
+
+def is_global(host: str) -> bool:
+    """Whether an address is one of the public internet; a name is taken for one."""
+    try:
+        return ipaddress.ip_address(host.partition("%")[0]).is_global
+    except ValueError:
+        return True
+
 
 @asynccontextmanager
-async def open_node(identity: Identity, *, peers: Iterable[Address] = (), **options: Any) -> AsyncIterator[Node]:
-    """A node that lives as long as the block; `options` as for `Endpoint`."""
-    async with open_endpoint(identity, **options) as endpoint:
-        yield Node(endpoint, peers)
+async def open_node(identity: Identity, *, peers: Sequence[Address] = (), **options: Any) -> AsyncIterator[Node]:
+    """A node that lives as long as the block; `options` as for `Endpoint`. It finds nobody before `start`."""
+    async with open_endpoint(identity, **options) as endpoint, trio.open_nursery() as nursery:
+        yield Node(endpoint, nursery, peers)
+        nursery.cancel_scope.cancel()

@@ -224,8 +224,8 @@ def _stops(
 
 
 def _room(server: ServerInfo, tokens: int) -> int:
-    """How many of its blocks have cache room for so many tokens."""
-    return min(server.blocks.size, server.cache_left * server.blocks.size // tokens) if tokens else server.blocks.size
+    """How many of its blocks have cache room for so many tokens: all or none."""
+    return server.blocks.size if server.cache_left >= tokens else 0
 
 
 def plan_batch(

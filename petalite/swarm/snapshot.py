@@ -78,7 +78,7 @@ class ServerInfo:
     network_rate: float
     """bits/s in the slower direction."""
     cache_left: int = 0
-    """Tokens of KV cache still free, counted over all its blocks: a session on half the span takes half the room."""
+    """Tokens of KV cache still free; a session takes its rows of every block, whichever of them it uses."""
     queue_seconds: float = 0.0
     """How long a step waits before it runs."""
     dtype: str = "float32"

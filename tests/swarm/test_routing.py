@@ -68,7 +68,7 @@ def all_chains(
     for info in seen.servers:
         if at in info.blocks and info.peer not in {hop.peer for hop in used}:
             for until in range(at + 1, min(end, info.blocks.end) + 1):
-                if needs.cache_tokens * (until - at) <= info.cache_left * info.blocks.size:
+                if needs.cache_tokens <= info.cache_left:
                     yield from all_chains(seen, needs, until, end, (*used, Hop(info.peer, Span(at, until))))
 
 
@@ -208,11 +208,10 @@ def test_retry_when_bans_end_only_if_that_helps() -> None:
     assert isinstance(route, NoRoute) and route.retry_at == 13.0
 
 
-def test_cache_room_grows_when_only_part_of_a_span_is_used() -> None:
-    seen = snapshot(server(1, 0, 8, cache_left=50), server(2, 4, 8, cache_left=1_000))
-    assert hops(plan(seen, Needs(cache_tokens=50))) == [(1, 0, 8)]
-    assert hops(plan(seen, Needs(cache_tokens=100))) == [(1, 0, 4), (2, 4, 8)]
-    assert isinstance(plan(seen, Needs(cache_tokens=101)), NoRoute)
+def test_server_without_cache_room_is_left_out() -> None:
+    seen = snapshot(server(1, 0, 8, cache_left=50), server(2, 0, 8, decode_rate=1.0, cache_left=1_000))
+    found = plan(seen, Needs(cache_tokens=100))
+    assert hops(found) == [(2, 0, 8)]
 
 
 def test_codec_class_and_exclusion_filter_servers() -> None:
