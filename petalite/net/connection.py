@@ -9,21 +9,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import trio
 
 from petalite import limits
-from petalite.errors import (
-    ErrorCode,
-    GoAwayCode,
-    PeerLost,
-    PetaliteError,
-    RemoteProtocolError,
-    RequestError,
-)
-from petalite.identity import PeerId
+from petalite.errors import ErrorCode, GoAwayCode, PeerLost, PetaliteError, RemoteProtocolError, RequestError
+from petalite.net.call import Call, Handler, Reply
 from petalite.net.transport import Transport
 from petalite.wire import events
 from petalite.wire.connection import Connection
@@ -31,38 +23,17 @@ from petalite.wire.frames import Buffer
 from petalite.wire.handshake import Established
 from petalite.wire.hello import Hello
 from petalite.wire.quota import Quota
-from petalite.wire.records import RecordReader, RecordWriter
+from petalite.wire.records import RecordReader, RecordWriter, Scratch
+from petalite.wire.state import StreamState
 from petalite.wire.streams import OwnRequest, PeerRequest
 from petalite.wire.writer import Priority
 
+__all__ = ["Call", "Handler", "PeerConnection", "Reply"]
+
 log = logging.getLogger("petalite.net")
 
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """Head fields and body pieces of a reply; `priority` is the class in which it is written."""
-
-    head: Mapping[str, Any] = field(default_factory=dict)
-    body: Sequence[Buffer] = ()
-    priority: Priority = Priority.STEP
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """A peer's request as a handler sees it."""
-
-    peer: PeerId
-    method: str
-    head: Mapping[str, Any]
-    body: bytearray
-    request: PeerRequest
-
-    def progress(self, state: str) -> None:
-        """What PROGRESS frames say while the reply is awaited: "queued" or "running"."""
-        self.request.progress = {"s": state}
-
-
-Handler = Callable[[Call], Awaitable[Reply]]
+_SLOW_SECONDS = 0.002  # a batch that needs longer than this to leave is a queue that nothing urgent can overtake
+OnProgress = Callable[[Mapping[str, Any]], None]
 
 
 class _Waiter:
@@ -70,12 +41,12 @@ class _Waiter:
 
     __slots__ = ("done", "on_progress", "outcome")
 
-    def __init__(self, on_progress: Callable[[Mapping[str, Any]], None] | None) -> None:
+    def __init__(self, on_progress: OnProgress | None) -> None:
         self.done = trio.Event()
-        self.outcome: Reply | PetaliteError | None = None
+        self.outcome: Reply | Exception | None = None
         self.on_progress = on_progress
 
-    def settle(self, outcome: Reply | PetaliteError) -> None:
+    def settle(self, outcome: Reply | Exception) -> None:
         self.outcome = outcome
         self.done.set()
 
@@ -89,32 +60,36 @@ class PeerConnection:
         established: Established,
         *,
         initiator: bool,
-        address: str,
         hello: Hello,
         handlers: Mapping[str, Handler],
         quota: Quota,
         idle_seconds: float = limits.IDLE_SECONDS,
+        scratch: Scratch | None = None,
     ) -> None:
         self.peer = established.peer
         self.initiator = initiator
-        self.address = address
+        self.address = transport.address
         self.closed = trio.Event()
         self.close_reason = ""
         self.bytes_sent = 0
         self.bytes_received = 0
         self._transport = transport
         self._handlers = handlers
-        self._reader = RecordReader(established.decrypt, established.trailing)
-        self._writer = RecordWriter(established.encrypt)
+        self._reader = RecordReader(established.decrypt, established.trailing, scratch)
+        self._writer = RecordWriter(established.encrypt, scratch)
         self._core = Connection(
             initiator=initiator, hello=hello, quota=quota, now=trio.current_time(), idle_seconds=idle_seconds
         )
+        self._rest = memoryview(b"")  # encrypted, but not yet taken by the transport
+        self._batch = limits.WRITE_AHEAD // 4  # doubles with each batch that leaves quickly
+        self._writer_waits = False
         self._wake = trio.Event()
         self._drained = trio.Event()
         self._pong = trio.Event()
         self._hello_received = trio.Event()
         self._scopes: dict[PeerRequest, trio.CancelScope] = {}
-        self._nursery: trio.Nursery | None = None
+        self._handler_nursery: trio.Nursery | None = None
+        self._pumps = trio.CancelScope()
 
     # What others ask of it
 
@@ -132,6 +107,11 @@ class PeerConnection:
     def open_requests(self) -> int:
         return self._core.open_requests
 
+    @property
+    def busy_at(self) -> float:
+        """When a request was last open here, on trio's clock."""
+        return self._core.busy_at
+
     async def peer_hello(self) -> Hello:
         """The peer's HELLO. Raises PeerLost if the connection ends before it comes."""
         await self._hello_received.wait()
@@ -147,42 +127,42 @@ class PeerConnection:
         *,
         priority: Priority = Priority.STEP,
         max_reply: int = 0,
-        on_progress: Callable[[Mapping[str, Any]], None] | None = None,
+        on_progress: OnProgress | None = None,
     ) -> Reply:
         """Ask, and wait for the whole reply within the caller's deadline.
 
         Raises RequestError (the peer answered with an error), PeerLost (it may or may not have been done),
         PeerUnreachable (it was not asked), LocalProtocolError (too large for the peer; nothing was sent).
-        Cancelled: the peer is told.
+        Cancelled: the peer is told. `body` must not change before the reply is there.
         """
-        left = trio.current_effective_deadline() - trio.current_time()
+        await trio.lowlevel.checkpoint_if_cancelled()
+        now = trio.current_time()
+        left = trio.current_effective_deadline() - now
         deadline_ms = None if left == math.inf else max(0, int(left * 1000))
         request = self._core.send_request(
-            method, head or {}, body, priority=priority, max_reply=max_reply, deadline_ms=deadline_ms
+            method, head or {}, body, now=now, priority=priority, max_reply=max_reply, deadline_ms=deadline_ms
         )
         waiter = request.waiter = _Waiter(on_progress)
-        self._wake.set()
+        self._flush()
         try:
             await waiter.done.wait()
-        except trio.Cancelled:
-            self._core.cancel(request)
-            self._wake.set()
-            raise
-        if isinstance(waiter.outcome, Reply):
-            return waiter.outcome
-        if isinstance(waiter.outcome, RequestError):
-            error = waiter.outcome
-            raise RequestError(error.code, error.text, error.detail, self.peer.text)
-        if waiter.outcome is None:
-            raise PeerLost(self.close_reason)
-        raise waiter.outcome
+        finally:
+            if waiter.outcome is None:
+                self._core.cancel(request)
+                self._flush()
+        outcome = waiter.outcome
+        if isinstance(outcome, Reply):
+            return outcome
+        if isinstance(outcome, RequestError):
+            raise RequestError(outcome.code, outcome.text, outcome.detail, self.peer.text)
+        raise outcome or PeerLost(self.close_reason)
 
     async def ping(self) -> float:
         """Seconds of one round trip. Raises PeerLost."""
-        if self._pong.is_set():
+        if self._pong.is_set() and not self.closed.is_set():
             self._pong = trio.Event()
         self._core.ping(trio.current_time())
-        self._wake.set()
+        self._flush()
         await self._pong.wait()
         if self._core.round_trip is None or self.closed.is_set():
             raise PeerLost(self.close_reason)
@@ -191,119 +171,157 @@ class PeerConnection:
     def go_away(self, code: GoAwayCode, text: str = "") -> None:
         """Take no new requests, let the open ones finish, then close."""
         self._core.send_goaway(code, text)
+        self._dispatch()
         self._wake.set()
 
     # The pumps
 
     async def run(self) -> None:
-        """Move bytes until the connection ends; never raises for what the peer or the network did."""
-        try:
-            async with trio.open_nursery() as nursery:
-                self._nursery = nursery
-                nursery.start_soon(self._run_pump, self._write_loop, nursery.cancel_scope)
-                await self._run_pump(self._read_loop, nursery.cancel_scope)
-        finally:
-            self.close_reason = self.close_reason or "closed here"
-            self.closed.set()
-            self._core.lost(f"connection to peer {self.peer.short}.. ended: {self.close_reason}")
-            self._dispatch()
-            for event in (self._hello_received, self._drained, self._pong):
-                event.set()
-            await self._transport.aclose()
+        """Move bytes until the connection ends; never raises for what the peer or the network did.
 
-    async def _run_pump(self, pump: Callable[[], Awaitable[None]], scope: trio.CancelScope) -> None:
+        `closed` is set before the last handlers have ended; this returns after them.
+        """
+        async with trio.open_nursery() as handlers:
+            self._handler_nursery = handlers
+            try:
+                async with trio.open_nursery() as pumps:
+                    self._pumps = pumps.cancel_scope
+                    pumps.start_soon(self._pump, self._write_loop)
+                    await self._pump(self._read_loop)
+                    pumps.cancel_scope.cancel()
+            finally:
+                self._end()
+                handlers.cancel_scope.cancel()
+                await self._transport.aclose()
+
+    async def _pump(self, pump: Callable[[], Awaitable[None]]) -> None:
         try:
             await pump()
-        except RemoteProtocolError as error:
-            self._note_end(f"protocol error: {error}")
-            log.info("peer %s at %s broke the protocol: %s", self.peer.short, self.address, ascii(str(error)))
-            self._core.send_goaway(error.code, str(error))
-            await self._say_goodbye()
-        except PeerLost as error:
-            self._note_end(str(error))
-        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            self._note_end(f"connection broke: {error.__cause__ or error}")
-        scope.cancel()
+        except (PeerLost, trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            self._note_end(str(error) if isinstance(error, PeerLost) else f"connection broke: {error}")
+            self._pumps.cancel()
 
     def _note_end(self, reason: str) -> None:
         self.close_reason = self.close_reason or reason
 
+    def _end(self) -> None:
+        self._note_end("closed here")
+        self._writer_waits = False
+        self.closed.set()
+        self._core.lost(f"connection to peer {self.peer.short}.. ended: {self.close_reason}")
+        self._dispatch()
+        for event in (self._hello_received, self._drained, self._pong):
+            event.set()
+
     async def _read_loop(self) -> None:
+        try:
+            await self._read_frames()
+        except RemoteProtocolError as error:
+            log.info("peer %s at %s broke the protocol: %s", self.peer.short, self.address, ascii(str(error)))
+            self._note_end(f"the peer broke the protocol: {error}")
+            self._core.fail(error)
+            self._dispatch()
+            self._wake.set()  # the writer says GOAWAY; what still comes is read unseen, so that no reset overtakes it
+            scrap = memoryview(bytearray(limits.MAX_FRAME))
+            while await self._transport.receive_into(scrap):
+                pass
+
+    async def _read_frames(self) -> None:
         core, reader = self._core, self._reader
         while True:
+            now = trio.current_time()
             while (plain := reader.next_frame()) is not None:
-                core.receive_frame(plain, trio.current_time())
-                self._dispatch()
+                core.receive_frame(plain, now)
+                if core.has_events:
+                    self._dispatch()
             if core.writer:
-                self._wake.set()
+                self._flush()
             while core.writer.control_bytes > limits.MAX_CONTROL_QUEUE:
                 # It makes us answer and reads no answer: stop listening until it does, or the writer gives up.
                 self._drained = trio.Event()
                 await self._drained.wait()
             count = await self._transport.receive_into(reader.space())
             if count == 0:
-                raise PeerLost("the peer closed it")
+                raise PeerLost("the peer said goodbye" if core.peer_leaving else "the peer closed it")
             self.bytes_received += count
             reader.received(count)
 
     async def _write_loop(self) -> None:
+        """Send what `_flush` could not, keep the clocks, and end the connection when it is finished."""
         core = self._core
-        batch = limits.WRITE_AHEAD
-        tick = core.next_timer(trio.current_time())
-        while True:
+        tick_at = core.next_timer(trio.current_time())
+        while not (core.finished and not core.writer and not self._rest):
             now = trio.current_time()
-            if now >= tick:
+            if now >= tick_at:
                 self._tick(now)
-                tick = core.next_timer(now)
-            if core.writer:
-                await self._send(self._writer.pack(core.writer.take(batch)))
-                # What the socket took slowly is a queue that nothing can overtake: keep it short.
-                slow = trio.current_time() - now > 0.002
-                batch = max(batch // 2, limits.WRITE_AHEAD_SLOW) if slow else min(batch * 2, limits.WRITE_AHEAD)
-                self._drained.set()
-            elif core.finished:
-                raise PeerLost("closed after goodbye")
-            else:
-                tick = min(tick, core.next_timer(now)) if core.open_requests else core.next_timer(now)
-                self._wake = trio.Event()
-                with trio.move_on_at(tick):
-                    await self._wake.wait()
+            if self._rest or core.writer:
+                await self._write_batch()
+                tick_at = min(tick_at, core.next_timer(trio.current_time()))
+                continue
+            tick_at = core.next_timer(now)
+            self._wake = trio.Event()
+            self._writer_waits = True
+            with trio.move_on_at(tick_at):
+                await self._wake.wait()
+            self._writer_waits = False
+        # Goodbye: let the peer read to the end before the socket goes, but not for ever.
+        self._pumps.deadline = trio.current_time() + limits.GOODBYE_SECONDS
+        self._note_end("closed after goodbye")
+        await self._transport.send_eof()
 
-    async def _send(self, data: memoryview) -> None:
-        moved_at = trio.current_time()
-        self.bytes_sent += len(data)
-        while data:
-            taken = 0
+    def _flush(self) -> None:
+        """Send at once what the transport takes without waiting; the writer task does the rest.
+
+        Spares the usual small message two turns of the loop. Whoever queued something calls it.
+        """
+        if not self._writer_waits:
+            return
+        if self._core.writer:
+            self._encrypt_batch()
+            self._sent(self._transport.send_now(self._rest))
+        if self._rest or self._core.writer or self._core.finished:
+            self._writer_waits = False
+            self._wake.set()
+
+    def _encrypt_batch(self) -> None:
+        self._rest = self._writer.pack(self._core.writer.take(self._batch))
+
+    def _sent(self, count: int) -> None:
+        if count:
+            self._rest = self._rest[count:]
+            self.bytes_sent += count
+            self._core.sent(trio.current_time())
+            if not self._drained.is_set():
+                self._drained.set()
+
+    async def _write_batch(self) -> None:
+        """Encrypt one batch, wait until the transport has it and is ready for more, and learn what it can take."""
+        started = trio.current_time()
+        if not self._rest:
+            self._encrypt_batch()
+        self._sent(self._transport.send_now(self._rest))
+        while self._rest:
+            self._sent(await self._patiently(self._transport.send_some, self._rest) or 0)
+        await self._patiently(self._transport.ready)
+        slow = trio.current_time() - started > _SLOW_SECONDS
+        self._batch = max(self._batch // 2, limits.WRITE_AHEAD_SLOW) if slow else min(
+            self._batch * 2, limits.WRITE_AHEAD
+        )  # fmt: skip
+
+    async def _patiently(self, wait: Callable[..., Awaitable[Any]], *args: Any) -> Any:
+        """Await `wait`, keeping the clocks meanwhile. Raises PeerLost when the peer takes no data for too long."""
+        started = trio.current_time()
+        while True:
             with trio.move_on_after(limits.TICK_SECONDS):
-                taken = await self._transport.send_some(data)
+                return await wait(*args)
             now = trio.current_time()
-            if taken:
-                data = data[taken:]
-                moved_at = now
-                self._core.sent(now)
-            else:
-                self._tick(now)
-                if now - moved_at >= limits.BODY_STALL_SECONDS:
-                    raise PeerLost(f"the peer took no data for {limits.BODY_STALL_SECONDS:.0f} s")
+            self._tick(now)
+            if now - started >= limits.BODY_STALL_SECONDS:
+                raise PeerLost(f"the peer took no data for {limits.BODY_STALL_SECONDS:.0f} s")
 
     def _tick(self, now: float) -> None:
         self._core.handle_timer(now)
         self._dispatch()
-
-    async def _say_goodbye(self) -> None:
-        """Best effort, bounded: write what is queued, then let the peer read it before the socket goes."""
-        with trio.move_on_after(limits.GOODBYE_SECONDS, shield=True):
-            try:
-                while self._core.writer:
-                    data = self._writer.pack(self._core.writer.take(limits.WRITE_AHEAD))
-                    while data:
-                        data = data[await self._transport.send_some(data) :]
-                await self._transport.send_eof()
-                scrap = memoryview(bytearray(65_536))
-                while await self._transport.receive_into(scrap):
-                    pass
-            except (trio.BrokenResourceError, trio.ClosedResourceError, trio.BusyResourceError):
-                pass  # it is gone already, or a pump still holds the socket: nothing more can be said
 
     # Events
 
@@ -320,18 +338,23 @@ class PeerConnection:
     def _on_failed(self, event: events.RequestFailed) -> None:
         self._settle(event.request, event.error)
 
-    def _settle(self, request: OwnRequest, outcome: Reply | PetaliteError) -> None:
+    def _settle(self, request: OwnRequest, outcome: Reply | Exception) -> None:
         if request.waiter is not None:
             request.waiter.settle(outcome)
 
     def _on_progress(self, event: events.ProgressReceived) -> None:
         waiter = event.request.waiter
-        if waiter is not None and waiter.on_progress is not None:
+        if waiter is None or waiter.on_progress is None or waiter.outcome is not None:
+            return
+        try:
             waiter.on_progress(event.head)
+        except Exception as error:  # noqa: BLE001  the caller's callback: its error is the caller's, raised there
+            self._core.cancel(event.request)
+            waiter.settle(error)
 
     def _on_request(self, event: events.RequestReceived) -> None:
-        if self._nursery is not None:
-            self._nursery.start_soon(self._serve, event.request)
+        if self._handler_nursery is not None:
+            self._handler_nursery.start_soon(self._serve, event.request)
 
     def _on_cancelled(self, event: events.RequestCancelled) -> None:
         scope = self._scopes.get(event.request)
@@ -342,11 +365,12 @@ class PeerConnection:
         self._pong.set()
 
     def _on_goaway(self, event: events.GoAwayReceived) -> None:
-        self._note_end(f"the peer said goodbye: {event.text!a}" if event.text else "the peer said goodbye")
+        self._note_end(f"the peer said goodbye: {event.text}")
         self._wake.set()
 
     def _on_silent(self, event: events.PeerSilent) -> None:
-        raise PeerLost(f"no sign of life for {event.seconds:.1f} s")
+        self._note_end(f"no sign of life for {event.seconds:.1f} s")
+        self._pumps.cancel()
 
     async def _serve(self, request: PeerRequest) -> None:
         """Run the handler of one request; whatever it raises ends this request alone."""
@@ -356,7 +380,9 @@ class PeerConnection:
         self._scopes[request] = scope
         try:
             with scope:
-                reply = await self._answer(request)
+                reply = await self._handler_of(request)(
+                    Call(self.peer, request.method, request.head, request.data, request)
+                )
                 self._core.send_reply(request, reply.head, reply.body, reply.priority)
             if scope.cancelled_caught:
                 self._core.send_error(request, RequestError(ErrorCode.DEADLINE, "deadline passed"))
@@ -371,13 +397,15 @@ class PeerConnection:
         finally:
             del self._scopes[request]
             self._core.finish(request)
-            self._wake.set()
+            self._flush()
 
-    async def _answer(self, request: PeerRequest) -> Reply:
+    def _handler_of(self, request: PeerRequest) -> Handler:
+        if request.state is StreamState.CLOSED:
+            raise RequestError(ErrorCode.CANCELLED, "cancelled before it began")
         handler = self._handlers.get(request.method)
         if handler is None:
             raise RequestError(ErrorCode.UNSUPPORTED, f"method {request.method!a} is not offered")
-        return await handler(Call(self.peer, request.method, request.head, request.data, request))
+        return handler
 
 
 _DISPATCH: dict[type, Callable[[PeerConnection, Any], None]] = {

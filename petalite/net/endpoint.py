@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import errno
+import ipaddress
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -16,10 +16,12 @@ from petalite import limits
 from petalite.errors import GoAwayCode, HandshakeError, PeerUnreachable
 from petalite.identity import Address, Identity, PeerId, SwarmKey
 from petalite.net.connection import Handler, PeerConnection
-from petalite.net.transport import transport_over
+from petalite.net.tcp import Carrier, Tcp
+from petalite.net.transport import Transport
 from petalite.wire.handshake import Established, Handshake, Role
 from petalite.wire.hello import Hello
 from petalite.wire.quota import Quota
+from petalite.wire.records import Scratch
 
 log = logging.getLogger("petalite.net")
 
@@ -30,7 +32,7 @@ class Endpoint:
     """Dials, accepts, and keeps at most one connection to each peer.
 
     Made by `open_endpoint`. `handlers` maps a method to what answers it; it may grow while running. `allow`, where
-    given, names the only peers we talk to. `wall_clock` gives unix seconds, for certificates alone.
+    given, names the only peers we talk to. `wall_clock` gives unix seconds, for certificates and HELLO alone.
     """
 
     def __init__(
@@ -45,7 +47,13 @@ class Endpoint:
         capabilities: Mapping[str, Any] | None = None,
         agent: str = "",
         idle_seconds: float = limits.IDLE_SECONDS,
+        max_connections: int = limits.MAX_CONNECTIONS,
+        max_connections_per_host: int = limits.MAX_CONNECTIONS_PER_ADDRESS,
+        max_idle_connections: int = limits.MAX_IDLE_CONNECTIONS,
+        body_quota: int = limits.TOTAL_BODY_QUOTA,
+        peer_body_quota: int = limits.PEER_BODY_QUOTA,
         wall_clock: Callable[[], float] = time.time,
+        carrier: Carrier | None = None,
     ) -> None:
         self.identity = identity
         self.peer_id = identity.peer_id
@@ -58,15 +66,21 @@ class Endpoint:
         self.idle_seconds = idle_seconds
         self.connections: dict[PeerId, PeerConnection] = {}
         self.addresses: list[Address] = []
-        self.bytes_sent = 0
-        self.bytes_received = 0
+        self.quota = Quota(body_quota)
+        self._bytes_sent = 0
+        self._bytes_received = 0
+        self._max_connections = max_connections
+        self._max_connections_per_host = max_connections_per_host
+        self._max_idle_connections = max_idle_connections
+        self._peer_body_quota = peer_body_quota
         self._wall_clock = wall_clock
+        self._carrier = carrier or Tcp()
         self._nursery = nursery
-        self._quota = Quota(limits.TOTAL_BODY_QUOTA)
         self._peer_quotas: dict[PeerId, Quota] = {}
         self._all: set[PeerConnection] = set()
         self._accepted: Counter[str] = Counter()
         self._dial_locks: dict[PeerId, trio.Lock] = {}
+        self._scratch = Scratch()
 
     # Listening
 
@@ -75,40 +89,30 @@ class Endpoint:
 
         Raises OSError when the port is taken or the host is not ours.
         """
-        listeners = await trio.open_tcp_listeners(port, host=host)
-        await self._nursery.start(self._accept_loop, listeners)
-        bound = []
-        for listener in listeners:
-            name = listener.socket.getsockname()
-            bound.append(Address(self.peer_id, name[0], name[1]))
+        names = await self._nursery.start(self._carrier.serve, host, port, self.accept)
+        bound = [Address(self.peer_id, name[0], name[1]) for name in names]
         self.addresses += bound
         return bound
 
-    async def _accept_loop(
-        self, listeners: Sequence[trio.SocketListener], task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
-    ) -> None:
-        # serve_listeners backs off on EMFILE and its relatives instead of spinning.
-        await trio.serve_listeners(self.accept, list(listeners), task_status=_Started(task_status))
-
-    async def accept(self, stream: trio.abc.HalfCloseableStream) -> None:
-        """Serve one incoming stream until it ends; the caps by address and in all are checked first."""
-        address = _remote_name(stream)
-        host = address.rpartition(":")[0]
-        if self._accepted.total() >= limits.MAX_CONNECTIONS or (
-            self._accepted[host] >= limits.MAX_CONNECTIONS_PER_ADDRESS
+    async def accept(self, transport: Transport) -> None:
+        """Serve one incoming stream until it ends; the caps by host and in all are checked first."""
+        host = _host_to_count(transport.address)
+        if sum(self._accepted.values()) >= self._max_connections or (
+            self._accepted[host] >= self._max_connections_per_host
         ):
-            log.debug("too many connections from %s", address)
-            await trio.aclose_forcefully(stream)
+            log.debug("too many connections, one from %s is closed", transport.address)
+            await transport.aclose()
             return
         self._accepted[host] += 1
         try:
-            connection = await self._establish(stream, Role.RESPONDER, None, address)
+            connection = await self._establish(transport, Role.RESPONDER, None)
             await self._run(connection)
         except (HandshakeError, PeerUnreachable) as error:
-            log.debug("handshake with %s: %s", address, error)
+            log.debug("handshake with %s: %s", transport.address, error)
         finally:
             self._accepted[host] -= 1
-            self._accepted += Counter()  # drops the zeros: an address that left costs nothing
+            if not self._accepted[host]:
+                del self._accepted[host]
 
     # Dialling
 
@@ -122,100 +126,102 @@ class Endpoint:
         peer = addresses[0].peer
         if peer == self.peer_id:
             raise PeerUnreachable(f"{addresses[0]} is this peer itself")
+        if self.allow is not None and peer not in self.allow:
+            raise PeerUnreachable(f"peer {peer.short}.. is not on the allow list")
         lock = self._dial_locks.setdefault(peer, trio.Lock())
-        async with lock:
-            known = self.connections.get(peer)
-            if known is not None and not known.leaving:
-                return known
-            problem: HandshakeError | PeerUnreachable | None = None
-            for address in addresses:
-                try:
-                    return await self._dial(address)
-                except (HandshakeError, PeerUnreachable) as error:
-                    problem = error
-            raise problem or PeerUnreachable("no address")
+        try:
+            async with lock:
+                known = self.connections.get(peer)
+                if known is not None and not known.leaving:
+                    return known
+                return await self._dial_any(addresses)
+        finally:
+            if not lock.locked() and self._dial_locks.get(peer) is lock:
+                del self._dial_locks[peer]
 
-    async def _dial(self, address: Address) -> PeerConnection:
-        if self.allow is not None and address.peer not in self.allow:
-            raise PeerUnreachable(f"peer {address.peer.short}.. is not on the allow list")
-        place = f"{address.host}:{address.port}"
-        stream: trio.SocketStream | None = None
-        with trio.move_on_after(limits.HANDSHAKE_SECONDS):
+    async def _dial_any(self, addresses: tuple[Address, ...]) -> PeerConnection:
+        problem: HandshakeError | PeerUnreachable | None = None
+        for address in addresses:
             try:
-                stream = await trio.open_tcp_stream(address.host, address.port)
-            except OSError as error:
-                raise PeerUnreachable(f"cannot reach {place}: {_os_reason(error)}") from error
-        if stream is None:
-            raise PeerUnreachable(f"cannot reach {place}: no answer for {limits.HANDSHAKE_SECONDS:.0f} s")
-        return await self.adopt_dialled(stream, address.peer, place)
+                transport = await self._carrier.dial(address.host, address.port)
+                return await self.adopt_dialled(transport, address.peer)
+            except (HandshakeError, PeerUnreachable) as error:
+                problem = error
+        raise problem or PeerUnreachable("no address")
 
-    async def adopt_dialled(
-        self, stream: trio.abc.HalfCloseableStream, expected: PeerId | None, place: str
-    ) -> PeerConnection:
-        """Shake hands as initiator over `stream` and keep the connection running in the background."""
-        connection = await self._establish(stream, Role.INITIATOR, expected, place)
+    async def adopt_dialled(self, transport: Transport, expected: PeerId | None) -> PeerConnection:
+        """Shake hands as initiator over `transport` and keep the connection running in the background."""
+        connection = await self._establish(transport, Role.INITIATOR, expected)
         self._nursery.start_soon(self._run, connection)
         winner = self.connections.get(connection.peer)
         return winner if winner is not None and not winner.leaving else connection
 
-    async def _establish(
-        self, stream: trio.abc.HalfCloseableStream, role: Role, expected: PeerId | None, address: str
-    ) -> PeerConnection:
+    async def _establish(self, transport: Transport, role: Role, expected: PeerId | None) -> PeerConnection:
         try:
-            established = await self._shake_hands(stream, role, expected, address)
+            established = await self._shake_hands(transport, role, expected)
         except BaseException:
-            await trio.aclose_forcefully(stream)
+            await transport.aclose()
             raise
+        hello = Hello(
+            capabilities=self.capabilities,
+            agent=self.agent,
+            time=int(self._wall_clock()),
+            observed=transport.address,
+        )
         connection = PeerConnection(
-            transport_over(stream),
+            transport,
             established,
             initiator=role is Role.INITIATOR,
-            address=address,
-            hello=Hello(
-                capabilities=self.capabilities, agent=self.agent, time=int(self._wall_clock()), observed=address
-            ),
+            hello=hello,
             handlers=self.handlers,
             quota=self._quota_of(established.peer),
             idle_seconds=self.idle_seconds,
+            scratch=self._scratch,
         )
         self._register(connection)
         return connection
 
-    async def _shake_hands(
-        self, stream: trio.abc.HalfCloseableStream, role: Role, expected: PeerId | None, address: str
-    ) -> Established:
+    async def _shake_hands(self, transport: Transport, role: Role, expected: PeerId | None) -> Established:
         """Raises HandshakeError, PeerUnreachable when the stream breaks or the deadline passes."""
+        address = transport.address
         handshake = Handshake(role, self.identity, self.network, self.swarm_key, expected, now=int(self._wall_clock()))
+        space = memoryview(bytearray(4_096))
         try:
             with trio.fail_after(limits.HANDSHAKE_SECONDS):
                 while True:
-                    if data := handshake.data_to_send():
-                        await stream.send_all(data)
+                    await _send_all(transport, handshake.data_to_send())
                     if handshake.result is not None:
                         return handshake.result
-                    handshake.receive_data(await stream.receive_some(4096))
+                    count = await transport.receive_into(space)
+                    handshake.receive_data(bytes(space[:count]))
         except trio.TooSlowError:
             raise PeerUnreachable(f"{address}: no handshake within {limits.HANDSHAKE_SECONDS:.0f} s") from None
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             raise PeerUnreachable(f"{address}: connection broke during the handshake") from error
         except HandshakeError as error:
-            await self._send_refusal(stream, handshake.data_to_send())
+            with trio.move_on_after(limits.GOODBYE_SECONDS):
+                await self._send_refusal(transport, handshake.data_to_send())
             raise HandshakeError(f"{address}: {error}") from error
 
-    async def _send_refusal(self, stream: trio.abc.HalfCloseableStream, refusal: bytes) -> None:
-        if refusal:
-            with trio.move_on_after(limits.GOODBYE_SECONDS):
-                try:
-                    await stream.send_all(refusal)
-                except trio.BrokenResourceError:
-                    pass  # it did not wait for the refusal
+    async def _send_refusal(self, transport: Transport, refusal: bytes) -> None:
+        """A version refusal is all that may be said; then wait for the peer's end, lest a reset overtakes it."""
+        if not refusal:
+            return
+        try:
+            await _send_all(transport, refusal)
+            await transport.send_eof()
+            space = memoryview(bytearray(4_096))
+            while await transport.receive_into(space):
+                pass
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass  # it did not wait for the refusal
 
     # The table
 
     def _quota_of(self, peer: PeerId) -> Quota:
         quota = self._peer_quotas.get(peer)
         if quota is None:
-            quota = self._peer_quotas[peer] = Quota(limits.PEER_BODY_QUOTA, self._quota)
+            quota = self._peer_quotas[peer] = Quota(self._peer_body_quota, self.quota)
         return quota
 
     def _register(self, connection: PeerConnection) -> None:
@@ -231,28 +237,35 @@ class Endpoint:
                 return
             known.go_away(GoAwayCode.DUPLICATE)
         self.connections[connection.peer] = connection
+        self._trim_idle()
+
+    def _trim_idle(self) -> None:
+        """Say goodbye to those whose last request is longest ago when too many connections are idle."""
+        if len(self.connections) <= self._max_idle_connections:
+            return
+        idle = [known for known in self.connections.values() if not known.open_requests and not known.leaving]
+        idle.sort(key=lambda known: known.busy_at)
+        for known in idle[: max(0, len(idle) - self._max_idle_connections)]:
+            known.go_away(GoAwayCode.IDLE)
 
     async def _run(self, connection: PeerConnection) -> None:
         try:
             await connection.run()
         finally:
             self._all.discard(connection)
-            self.bytes_sent += connection.bytes_sent
-            self.bytes_received += connection.bytes_received
+            self._bytes_sent += connection.bytes_sent
+            self._bytes_received += connection.bytes_received
             peer = connection.peer
             if self.connections.get(peer) is connection:
                 del self.connections[peer]
             if not any(other.peer == peer for other in self._all):
                 self._peer_quotas.pop(peer, None)
-                lock = self._dial_locks.get(peer)
-                if lock is not None and not lock.locked():
-                    del self._dial_locks[peer]
 
     def traffic(self) -> tuple[int, int]:
         """Bytes sent and received so far on all connections, records included."""
         return (
-            self.bytes_sent + sum(connection.bytes_sent for connection in self._all),
-            self.bytes_received + sum(connection.bytes_received for connection in self._all),
+            self._bytes_sent + sum(connection.bytes_sent for connection in self._all),
+            self._bytes_received + sum(connection.bytes_received for connection in self._all),
         )
 
     async def say_goodbye(self, code: GoAwayCode = GoAwayCode.SHUTTING_DOWN) -> None:
@@ -276,34 +289,19 @@ async def open_endpoint(identity: Identity, **options: Any) -> AsyncIterator[End
             nursery.cancel_scope.cancel()
 
 
-class _Started:
-    """Turns serve_listeners' report of its listeners into a bare "started"."""
-
-    def __init__(self, task_status: trio.TaskStatus[None]) -> None:
-        self._task_status = task_status
-
-    def started(self, value: object = None) -> None:
-        self._task_status.started()
+async def _send_all(transport: Transport, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[await transport.send_some(rest) :]
 
 
-def _remote_name(stream: trio.abc.HalfCloseableStream) -> str:
-    if isinstance(stream, trio.SocketStream):
-        try:
-            name = stream.socket.getpeername()
-        except OSError:
-            return "unknown:0"
-        return f"{name[0]}:{name[1]}"
-    return "memory:0"
-
-
-def _os_reason(error: OSError) -> str:
-    """The plain cause; trio wraps the failures of several addresses in one."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, ExceptionGroup):
-            cause = cause.exceptions[-1]
-        elif isinstance(cause, OSError) and cause.errno is not None:
-            return {errno.ECONNREFUSED: "connection refused"}.get(cause.errno, cause.strerror or str(cause)).lower()
-        else:
-            cause = cause.__cause__
-    return str(error)
+def _host_to_count(address: str) -> str:
+    """What the cap by host counts: an IPv4 address, or a /64 of IPv6, which is what one customer gets."""
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        ip = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return host
+    if ip.version == 6 and ip.ipv4_mapped is None:
+        return str(ipaddress.ip_network((ip, 64), strict=False))
+    return host

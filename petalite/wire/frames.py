@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -110,50 +111,85 @@ Frame = Hello | Req | Res | Data | Err | Cancel | Ping | Pong | GoAway | Progres
 
 def encode(frame: Frame) -> bytes:
     """One frame as plaintext bytes. Raises LocalProtocolError if it breaks a limit of spec 02."""
-    data = packing.encode(_fields_of(frame))
+    data = packing.encode(_FIELDS[type(frame)](frame))
     limit = limits.MAX_FRAME if isinstance(frame, Data) else limits.MAX_HEAD_FRAME
     if len(data) > limit:
         raise LocalProtocolError(f"{type(frame).__name__} frame of {len(data)} bytes, limit {limit}")
+    if isinstance(frame, Req):
+        _check_method(frame.method)
     return data
 
 
-def _fields_of(frame: Frame) -> list[Any]:
-    match frame:
-        case Hello(head):
-            return [FrameType.HELLO, dict(head)]
-        case Req(stream, end, method, head):
-            return [FrameType.REQ, stream, int(end), method, dict(head)]
-        case Res(stream, end, head):
-            return [FrameType.RES, stream, int(end), dict(head)]
-        case Data(stream, end, body):
-            return [FrameType.DATA, stream, int(end), bytes(body)]
-        case Err(stream, code, text, detail):
-            return [FrameType.ERR, stream, int(code), text, dict(detail)]
-        case Cancel(stream):
-            return [FrameType.CANCEL, stream]
-        case Ping(payload):
-            return [FrameType.PING, payload]
-        case Pong(payload):
-            return [FrameType.PONG, payload]
-        case GoAway(code, last_stream, text):
-            return [FrameType.GOAWAY, int(code), last_stream, text]
-        case Progress(stream, head):
-            return [FrameType.PROGRESS, stream, dict(head)]
-        case Ignorable(type_):
-            return [type_]
+LARGEST_STREAM = 2**53 - 1
+
+
+def encode_req(end: bool, method: str, head: Head) -> bytes:
+    """A REQ whose stream id is set later, by `with_stream`: ids are allotted in the order of writing (PT-STR-003).
+
+    This and `encode_res` do what `encode` does, without the object in between: they stand in the way of each step.
+    """
+    _check_method(method)
+    return _head_frame([_REQ, LARGEST_STREAM, 1 if end else 0, method, head])
+
+
+def encode_res(stream: int, end: bool, head: Head) -> bytes:
+    return _head_frame([_RES, stream, 1 if end else 0, head])
+
+
+def _head_frame(fields: list[Any]) -> bytes:
+    data = packing.encode(fields)
+    if len(data) > limits.MAX_HEAD_FRAME:
+        raise LocalProtocolError(f"frame of {len(data)} bytes, limit {limits.MAX_HEAD_FRAME}")
+    return data
+
+
+def _check_method(method: str) -> None:
+    if len(method) > limits.MAX_METHOD:
+        raise LocalProtocolError(f"method name of {len(method)} characters, limit {limits.MAX_METHOD}")
+
+
+def with_stream(encoded: bytes, stream: int) -> bytes:
+    """What `encode_req` gave, with its real stream id."""
+    return encoded[:2] + _packed_uint(stream) + encoded[11:]
+
+
+def _packed_uint(value: int) -> bytes:
+    if value < 0x80:
+        return bytes((value,))
+    if value < 0x1_0000:
+        return b"\xcd" + value.to_bytes(2, "big")
+    if value < 0x1_0000_0000:
+        return b"\xce" + value.to_bytes(4, "big")
+    return b"\xcf" + value.to_bytes(8, "big")
+
+
+# Plain integers: an IntEnum in the array would cost a slower way through the encoder.
+_HELLO, _REQ, _RES, _DATA, _ERR, _CANCEL, _PING, _PONG, _GOAWAY, _PROGRESS = (int(kind) for kind in FrameType)
+
+_FIELDS: dict[type, Callable[[Any], list[Any]]] = {
+    Hello: lambda frame: [_HELLO, _map(frame.head)],
+    Req: lambda frame: [_REQ, frame.stream, int(frame.end), frame.method, _map(frame.head)],
+    Res: lambda frame: [_RES, frame.stream, int(frame.end), _map(frame.head)],
+    Data: lambda frame: [_DATA, frame.stream, int(frame.end), bytes(frame.body)],
+    Err: lambda frame: [_ERR, frame.stream, int(frame.code), frame.text, _map(frame.detail)],
+    Cancel: lambda frame: [_CANCEL, frame.stream],
+    Ping: lambda frame: [_PING, frame.payload],
+    Pong: lambda frame: [_PONG, frame.payload],
+    GoAway: lambda frame: [_GOAWAY, int(frame.code), frame.last_stream, frame.text],
+    Progress: lambda frame: [_PROGRESS, frame.stream, _map(frame.head)],
+    Ignorable: lambda frame: [frame.type],
+}
+
+
+def _map(head: Head) -> dict[str, Any]:
+    return head if type(head) is dict else dict(head)
 
 
 def data_prefix(stream: int, end: bool, size: int) -> bytes:
     """Everything of a DATA frame that stands before its `size` body bytes, so that a body is never packed."""
-    if stream < 0x80:
-        id_bytes = bytes((stream,))
-    elif stream < 0x1_0000:
-        id_bytes = b"\xcd" + stream.to_bytes(2, "big")
-    elif stream < 0x1_0000_0000:
-        id_bytes = b"\xce" + stream.to_bytes(4, "big")
-    else:
-        id_bytes = b"\xcf" + stream.to_bytes(8, "big")
-    return b"\x94\x03" + id_bytes + (b"\x01\xc5" if end else b"\x00\xc5") + size.to_bytes(2, "big")
+    if 0x80 <= stream < 0x1_0000:
+        return _USUAL_DATA.pack(0x94, _DATA, 0xCD, stream, end, 0xC5, size)
+    return b"\x94\x03" + _packed_uint(stream) + (b"\x01\xc5" if end else b"\x00\xc5") + size.to_bytes(2, "big")
 
 
 def decode(data: memoryview) -> Frame:
@@ -182,37 +218,26 @@ def _malformed(text: str) -> RemoteProtocolError:
     return RemoteProtocolError(text, GoAwayCode.FRAME)
 
 
-_INT_SIZES = {0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8}
-_BIN_SIZES = {0xC4: 1, 0xC5: 2, 0xC6: 4}
+# array of 4, DATA, uint16 stream, flags, bin16 length: what nearly all DATA frames look like.
+_USUAL_DATA = struct.Struct(">BBBHBBH")
 
 
 def _decode_data(data: memoryview) -> Data | None:
-    """DATA in the usual encoding, sliced by hand; None sends anything unusual down the general path."""
-    size = len(data)
-    if size < 6 or data[0] != 0x94 or data[1] != FrameType.DATA:
+    """DATA in the usual encoding, sliced and not unpacked; None sends anything else down the general path."""
+    size = len(data) - _USUAL_DATA.size
+    if size < 0:
         return None
-    at = 2
-    stream = data[at]
-    at += 1
-    if stream > 0x7F:
-        width = _INT_SIZES.get(stream)
-        if width is None or size < at + width + 3:
-            return None
-        stream = int.from_bytes(data[at : at + width], "big")
-        at += width
-    flags, width = data[at], _BIN_SIZES.get(data[at + 1], 0)
-    at += 2
-    if flags > 1 or not width or int.from_bytes(data[at : at + width], "big") != size - at - width:
+    array, kind, uint16, stream, flags, bin16, body = _USUAL_DATA.unpack_from(data)
+    if array != 0x94 or kind != _DATA or uint16 != 0xCD or flags > 1 or bin16 != 0xC5 or body != size:
         return None
-    at += width
     _check_stream(stream)
-    if size - at > limits.MAX_DATA:
-        raise _malformed(f"DATA of {size - at} bytes, limit {limits.MAX_DATA}")
-    return Data(stream, flags == END, data[at:])
+    if size > limits.MAX_DATA:
+        raise _malformed(f"DATA of {size} bytes, limit {limits.MAX_DATA}")
+    return Data(stream, flags == END, data[_USUAL_DATA.size :])
 
 
 def _check_stream(value: Any) -> int:
-    if type(value) is not int or not 0 < value < 2**53:
+    if type(value) is not int or not 0 < value <= LARGEST_STREAM:
         raise RemoteProtocolError(f"stream id must be an integer in 1..2^53-1, not {_show(value)}")
     return value
 
@@ -302,7 +327,7 @@ def _goaway(values: list[Any]) -> GoAway:
     _check_str(text, "GOAWAY text", limits.MAX_STR)
     return GoAway(
         _check_int(code, "GOAWAY code", 2**32 - 1),
-        _check_int(last, "last stream", 2**53 - 1),
+        _check_int(last, "last stream", LARGEST_STREAM),
         text[: limits.MAX_GOAWAY_TEXT],
     )
 

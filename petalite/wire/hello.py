@@ -46,5 +46,5 @@ class Hello:
             max_streams=packing.field(bounds, "streams", packing.Int(1), limits.MAX_STREAMS),
             agent=packing.field(head, "agent", packing.Str(high=limits.MAX_AGENT), ""),
             time=packing.field(head, "time", packing.Int(0), 0),
-            observed=packing.field(head, "observed", packing.Str(high=limits.MAX_ADDRESS), ""),
+            observed=packing.field(head, "observed", packing.Str(high=limits.MAX_OBSERVED), ""),
         )

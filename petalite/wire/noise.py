@@ -181,7 +181,7 @@ class TransportCipher(CipherState):
         self._check_sending(size)
         if len(out) < size:
             raise LocalProtocolError(f"a record of {size} bytes does not fit a buffer of {len(out)}")
-        aead.encrypt_into(_nonce(self.n), plaintext, None, memoryview(out)[:size])
+        aead.encrypt_into(_nonce(self.n), plaintext, None, out if len(out) == size else memoryview(out)[:size])
         self._advance()
         return size
 
@@ -200,7 +200,7 @@ class TransportCipher(CipherState):
         size = len(ciphertext) - TAGLEN
         if len(out) < size:
             raise LocalProtocolError(f"a plaintext of {size} bytes does not fit a buffer of {len(out)}")
-        target = memoryview(out)[:size]
+        target = out if len(out) == size else memoryview(out)[:size]
         try:
             aead.decrypt_into(_nonce(self.n), ciphertext, None, target)
         except InvalidTag:

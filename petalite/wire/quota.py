@@ -6,6 +6,8 @@ from __future__ import annotations
 class Quota:
     """`limit` bytes, of which each `reserve` takes a part, also from `parent` where there is one."""
 
+    __slots__ = ("limit", "parent", "used")
+
     def __init__(self, limit: int, parent: Quota | None = None) -> None:
         self.limit = limit
         self.used = 0
@@ -18,15 +20,15 @@ class Quota:
 
     def reserve(self, size: int) -> bool:
         """Take `size` bytes, or return False and take nothing."""
-        if size > self.left:
+        if not size:
+            return True
+        if self.used + size > self.limit or (self.parent is not None and not self.parent.reserve(size)):
             return False
-        self._add(size)
+        self.used += size
         return True
 
     def release(self, size: int) -> None:
-        self._add(-size)
-
-    def _add(self, size: int) -> None:
-        self.used += size
-        if self.parent is not None:
-            self.parent._add(size)
+        if size:
+            self.used -= size
+            if self.parent is not None:
+                self.parent.release(size)

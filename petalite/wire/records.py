@@ -6,7 +6,7 @@ decryption leaves unauthenticated plaintext behind.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 
 from petalite import limits
 from petalite.errors import GoAwayCode, RemoteProtocolError
@@ -15,71 +15,92 @@ from petalite.wire.writer import Plain
 
 _SMALLEST_BUFFER = 64 * 1024 + 1024
 _LARGEST_BUFFER = 1024 * 1024
+_OVERHEAD = 2 + limits.RECORD_TAG
+_KEPT_OUTPUT = limits.WRITE_AHEAD + 4 * limits.MAX_FRAME
+
+
+class Scratch:
+    """Room for one plaintext. Nothing stays in it between two calls, so all connections of a thread may share one."""
+
+    __slots__ = ("view",)
+
+    def __init__(self) -> None:
+        self.view = memoryview(bytearray(limits.MAX_FRAME))
 
 
 class RecordWriter:
     """Encrypts frames in the order given."""
 
-    def __init__(self, cipher: TransportCipher) -> None:
+    def __init__(self, cipher: TransportCipher, scratch: Scratch | None = None) -> None:
         self._cipher = cipher
-        self._plain = memoryview(bytearray(limits.MAX_FRAME))
+        self._plain = (scratch or Scratch()).view
+        self._out = memoryview(b"")
 
-    def pack(self, frames: Iterable[Plain]) -> memoryview:
-        """All `frames` as consecutive records in one new buffer."""
-        listed = list(frames)
-        overhead = 2 + limits.RECORD_TAG
-        out = memoryview(
-            bytearray(sum(len(prefix) + (len(body) if body is not None else 0) + overhead for prefix, body in listed))
-        )
+    def pack(self, frames: Sequence[Plain]) -> memoryview:
+        """All `frames` as consecutive records; valid until the next call, which may write into the same memory."""
+        total = 0
+        for prefix, body in frames:
+            total += _OVERHEAD + len(prefix) + (0 if body is None else len(body))
+        out = self._room(total)
+        plain, encrypt_into = self._plain, self._cipher.encrypt_into
         at = 0
-        for prefix, body in listed:
-            plain = self._join(prefix, body)
-            size = len(plain) + limits.RECORD_TAG
-            out[at] = size >> 8
-            out[at + 1] = size & 0xFF
-            self._cipher.encrypt_into(plain, out[at + 2 : at + 2 + size])
-            at += 2 + size
+        for prefix, body in frames:
+            size = len(prefix)
+            if body is None:
+                text: bytes | memoryview = prefix
+            else:
+                split, size = size, size + len(body)
+                plain[:split] = prefix
+                plain[split:size] = body
+                text = plain[:size]
+            end = at + _OVERHEAD + size
+            out[at] = (size + limits.RECORD_TAG) >> 8
+            out[at + 1] = (size + limits.RECORD_TAG) & 0xFF
+            encrypt_into(text, out[at + 2 : end])
+            at = end
         return out
 
-    def _join(self, prefix: bytes, body: memoryview | None) -> memoryview | bytes:
-        if body is None:
-            return prefix
-        split, end = len(prefix), len(prefix) + len(body)
-        self._plain[:split] = prefix
-        self._plain[split:end] = body
-        return self._plain[:end]
+    def _room(self, total: int) -> memoryview:
+        """Small batches get memory of their own; large ones come in rows, and reuse one buffer while they last."""
+        if total <= limits.WRITE_AHEAD_SLOW:
+            self._out = memoryview(b"")
+            return memoryview(bytearray(total))
+        if total > len(self._out):
+            self._out = memoryview(bytearray(min(max(total, 2 * len(self._out)), max(total, _KEPT_OUTPUT))))
+        return self._out[:total]
 
 
 class RecordReader:
     """Collects bytes and decrypts whole records.
 
     Write received bytes into `space()`, say how many with `received(n)`, then call `next_frame()` until it
-    returns None. The buffer grows while full reads arrive and shrinks when they stop.
+    returns None. The buffer grows while reads fill it, and is small again after a read that left most of it empty.
     """
 
-    def __init__(self, cipher: TransportCipher, trailing: bytes = b"") -> None:
+    def __init__(self, cipher: TransportCipher, trailing: bytes = b"", scratch: Scratch | None = None) -> None:
         self._cipher = cipher
-        self._buffer = bytearray(max(_SMALLEST_BUFFER, len(trailing)))
-        self._view = memoryview(self._buffer)
+        self._plain = (scratch or Scratch()).view
+        self._view = memoryview(bytearray(max(_SMALLEST_BUFFER, len(trailing))))
+        self._view[: len(trailing)] = trailing
         self._start = 0
         self._end = len(trailing)
-        self._view[: self._end] = trailing
-        self._plain = memoryview(bytearray(limits.MAX_FRAME))
+        self._last_read = 0
 
     def space(self) -> memoryview:
         """Where the next bytes go: never empty."""
-        pending = self._end - self._start
+        size = len(self._view)
         if self._start == self._end:
             self._start = self._end = 0
-        if len(self._view) - self._end < _SMALLEST_BUFFER // 2:
-            size = len(self._view)
-            if pending > size // 2:
-                size = min(2 * size, _LARGEST_BUFFER)
-            self._move_to(size)
+            if self._last_read < _SMALLEST_BUFFER // 2 and size > _SMALLEST_BUFFER:
+                self._move_to(_SMALLEST_BUFFER)
+        # A read that filled the buffer to its end has left more behind in the kernel.
+        elif self._end == size or size - self._end < _SMALLEST_BUFFER // 2:
+            self._move_to(min(2 * size, _LARGEST_BUFFER) if self._last_read >= size // 2 else size)
         return self._view[self._end :]
 
     def _move_to(self, size: int) -> None:
-        rest = bytes(self._view[self._start : self._end])
+        """The unread bytes go to the start of a buffer of `size`."""
+        rest = self._view[self._start : self._end]
         if size != len(self._view):
             self._view = memoryview(bytearray(size))
         self._view[: len(rest)] = rest
@@ -87,9 +108,10 @@ class RecordReader:
 
     def received(self, count: int) -> None:
         self._end += count
+        self._last_read = count
 
-    def feed(self, data: bytes | bytearray | memoryview) -> Iterable[memoryview]:
-        """Frames of `data`, for streams that hand out bytes and for tests."""
+    def feed(self, data: bytes | bytearray | memoryview) -> Iterator[memoryview]:
+        """Frames of `data`, for tests and tools: each is valid until the next is asked for."""
         rest = memoryview(data)
         while rest:
             space = self.space()
@@ -105,15 +127,17 @@ class RecordReader:
 
         Raises RemoteProtocolError(FRAME) for a length under 17, (DECRYPT) when authentication fails.
         """
-        have = self._end - self._start
+        start, view = self._start, self._view
+        have = self._end - start
         if have < 2:
             return None
-        size = (self._view[self._start] << 8) | self._view[self._start + 1]
+        size = (view[start] << 8) | view[start + 1]
         if size < limits.MIN_RECORD:
             raise RemoteProtocolError(f"record of {size} bytes, at least {limits.MIN_RECORD}", GoAwayCode.FRAME)
         if have < 2 + size:
             return None
-        at = self._start + 2
-        count = self._cipher.decrypt_into(self._view[at : at + size], self._plain[: size - limits.RECORD_TAG])
-        self._start = at + size
-        return self._plain[:count]
+        end = start + 2 + size
+        plain = self._plain[: size - limits.RECORD_TAG]
+        self._cipher.decrypt_into(view[start + 2 : end], plain)
+        self._start = end
+        return plain

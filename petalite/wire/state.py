@@ -6,10 +6,10 @@ except in the states listed in `IGNORES_LATE_FRAMES`, where frames that crossed 
 
 from __future__ import annotations
 
-from enum import Enum, auto
+from enum import IntEnum, auto
 
 
-class StreamState(Enum):
+class StreamState(IntEnum):
     IDLE = auto()
     REQUESTING = auto()
     WAITING = auto()
@@ -17,7 +17,7 @@ class StreamState(Enum):
     CLOSED = auto()
 
 
-class StreamEvent(Enum):
+class StreamEvent(IntEnum):
     """A frame of the requester or of the replier; `_END` marks the one that carries the END flag."""
 
     REQ = auto()
@@ -64,7 +64,7 @@ STREAM_TRANSITIONS: dict[StreamState, dict[StreamEvent, StreamState]] = {
 IGNORES_LATE_FRAMES = frozenset({_S.CLOSED})
 
 
-class DirectionState(Enum):
+class DirectionState(IntEnum):
     """What one side has said so far; each connection has two, one a direction."""
 
     SILENT = auto()
@@ -72,7 +72,7 @@ class DirectionState(Enum):
     LEAVING = auto()
 
 
-class DirectionEvent(Enum):
+class DirectionEvent(IntEnum):
     HELLO = auto()
     REQ = auto()
     OTHER = auto()

@@ -7,19 +7,39 @@ from typing import Any
 
 from petalite import limits
 from petalite.errors import ErrorCode, RemoteProtocolError, RequestError
+from petalite.wire import packing
 from petalite.wire.frames import Buffer
 from petalite.wire.quota import Quota
 from petalite.wire.state import IGNORES_LATE_FRAMES, STREAM_TRANSITIONS, StreamEvent, StreamState
 from petalite.wire.writer import Outgoing
 
 
+def readable(text: str) -> str:
+    """A peer's text for our eyes: what could steer a terminal is shown as an escape."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+_UINT = packing.Int(0)
+
+
+def uint_field(head: Mapping[str, Any], name: str, default: int) -> int:
+    """`packing.field` for the common case: RequestError(BAD_REQUEST) unless it is an integer in 0..2^63-1."""
+    value = head.get(name, default)
+    if type(value) is int and 0 <= value < 2**63:
+        return value
+    return int(packing.field(head, name, _UINT, default))
+
+
+_FIRST_PART = 8 * 2**20
+
+
 class IncomingBody:
-    """A body of declared size, reserved whole before its first byte.
+    """A body of declared size, reserved whole before its first byte; memory is taken as bytes arrive.
 
     Raises RequestError: BAD_REQUEST above MAX_BODY, RESOURCES when the quota has no room (retry later).
     """
 
-    __slots__ = ("_quota", "buffer", "filled", "progress_at", "size")
+    __slots__ = ("_marked", "_quota", "_view", "buffer", "filled", "progress_at", "size")
 
     def __init__(self, size: int, quota: Quota, now: float) -> None:
         if size > limits.MAX_BODY:
@@ -33,21 +53,40 @@ class IncomingBody:
         self.size = size
         self.filled = 0
         self.progress_at = now
-        self.buffer = bytearray(size)
+        self.buffer = bytearray()
+        self._view = memoryview(self.buffer)
+        self._marked = 0
         self._quota: Quota | None = quota
 
     def add(self, data: Buffer, end: bool, now: float) -> None:
         """Append `data`. Raises RequestError(TENSOR) if the body turns out longer or shorter than declared."""
-        filled = self.filled + len(data)
+        start = self.filled
+        filled = start + len(data)
         if filled > self.size or (filled < self.size) == end:
             text = f"body of {filled} bytes{'' if end else ' or more'}, {self.size} declared"
             raise RequestError(ErrorCode.TENSOR, text)
-        self.buffer[self.filled : filled] = data
-        if data:
-            self.progress_at = now
+        if filled > len(self.buffer):
+            self._grow(filled)
+        self._view[start:filled] = data
         self.filled = filled
+        if filled - self._marked >= limits.BODY_PROGRESS:
+            self._marked = filled
+            self.progress_at = now
+        if end:
+            self._view.release()
+
+    def _grow(self, filled: int) -> None:
+        """Room at once for the usual body; by doubling for a giant, so that declaring one costs its sender bytes."""
+        room = min(self.size, max(filled, _FIRST_PART, 2 * len(self.buffer)))
+        self._view.release()
+        if self.buffer:
+            self.buffer += bytes(room - len(self.buffer))
+        else:
+            self.buffer = bytearray(room)
+        self._view = memoryview(self.buffer)
 
     def stalled(self, now: float) -> bool:
+        """Neither BODY_PROGRESS bytes nor the rest have come for BODY_STALL_SECONDS: a dribble holds no reservation."""
         return now - self.progress_at >= limits.BODY_STALL_SECONDS
 
     def release(self) -> None:
@@ -58,14 +97,15 @@ class IncomingBody:
 
 
 class _Stream:
-    __slots__ = ("body", "head", "method", "state", "stream")
+    __slots__ = ("body", "encoded", "method", "outgoing", "state", "stream")
 
-    def __init__(self, stream: int, method: str, head: Mapping[str, Any]) -> None:
+    def __init__(self, stream: int, method: str) -> None:
         self.stream = stream
         self.method = method
-        self.head = head
         self.state = StreamState.IDLE
         self.body: IncomingBody | None = None
+        self.outgoing: Outgoing | None = None
+        self.encoded = b""
 
     def advance(self, event: StreamEvent) -> bool:
         """Move by the table. False: a late frame to drop. Raises RemoteProtocolError where the table has no entry."""
@@ -86,31 +126,27 @@ class _Stream:
 class OwnRequest(_Stream):
     """A request that we make. `stream` is 0 until it goes on the wire. `waiter` belongs to the connection's owner."""
 
-    __slots__ = ("max_reply", "outgoing", "reply_head", "sent_at", "waiter")
+    __slots__ = ("max_reply", "reply_head", "waiter")
 
-    def __init__(self, method: str, head: Mapping[str, Any], max_reply: int) -> None:
-        super().__init__(0, method, head)
+    def __init__(self, method: str, max_reply: int) -> None:
+        super().__init__(0, method)
         self.max_reply = max_reply
-        self.outgoing: Outgoing | None = None
         self.reply_head: Mapping[str, Any] = {}
-        self.sent_at = 0.0
         self.waiter: Any = None
 
 
 class PeerRequest(_Stream):
     """A request that the peer makes. It counts against MAX_STREAMS until its handler has ended."""
 
-    __slots__ = (
-        "deadline_ms", "handler_running", "max_reply", "outgoing", "progress", "progress_at", "reply_reserved"
-    )  # fmt: skip
+    __slots__ = ("deadline_ms", "handler_running", "head", "max_reply", "progress", "progress_at", "reply_reserved")
 
     def __init__(self, stream: int, method: str, head: Mapping[str, Any]) -> None:
-        super().__init__(stream, method, head)
+        super().__init__(stream, method)
+        self.head = head
         self.max_reply = 0
         self.deadline_ms: int | None = None
         self.handler_running = False
-        self.outgoing: Outgoing | None = None
-        self.progress: Mapping[str, Any] = {"s": "running"}
+        self.progress: Mapping[str, Any] = _RUNNING
         self.progress_at = 0.0
         self.reply_reserved = 0
 
@@ -118,3 +154,6 @@ class PeerRequest(_Stream):
     def data(self) -> bytearray:
         """The whole body of the request; empty where there is none."""
         return self.body.buffer if self.body is not None else bytearray()
+
+
+_RUNNING: Mapping[str, Any] = {"s": "running"}

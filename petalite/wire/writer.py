@@ -21,7 +21,7 @@ class Priority(IntEnum):
 class Outgoing:
     """A message waiting to be written: its head frame, made only when its turn comes, and its body pieces."""
 
-    __slots__ = ("_at", "_pieces", "make_head", "on_end", "priority", "stream", "unsent")
+    __slots__ = ("_at", "_piece", "_pieces", "make_head", "on_end", "priority", "size", "stream", "unsent")
 
     def __init__(
         self,
@@ -35,20 +35,25 @@ class Outgoing:
         self.priority = priority
         self.on_end = on_end
         self.stream = 0
-        self._pieces = deque(view for view in (memoryview(piece).cast("B") for piece in body) if len(view))
-        self._at = 0
-        self.unsent = sum(len(piece) for piece in self._pieces)
+        self._pieces = [view for view in map(_bytes_of, body) if view]
+        self._piece = self._at = 0
+        self.size = self.unsent = sum(map(len, self._pieces))
 
     def take(self, most: int) -> memoryview:
         """The next at most `most` body bytes, never across two pieces."""
-        piece = self._pieces[0]
+        piece = self._pieces[self._piece]
         part = piece[self._at : self._at + most]
         self._at += len(part)
         self.unsent -= len(part)
         if self._at == len(piece):
-            self._pieces.popleft()
+            self._piece += 1
             self._at = 0
         return part
+
+
+def _bytes_of(piece: Buffer) -> memoryview:
+    view = memoryview(piece)
+    return view if view.format == "B" and view.ndim == 1 else view.cast("B")
 
 
 # A frame ready for encryption: its plaintext is prefix + body. The body is not copied until it is encrypted.
@@ -61,13 +66,13 @@ class PriorityWriter:
     def __init__(self) -> None:
         self._control: deque[bytes] = deque()
         self._classes: tuple[deque[Outgoing], ...] = tuple(deque() for _ in Priority)
+        self._messages = 0
         self._turns_without_lower = 0
         self._lower_turn = 0
-        self.queued_bytes = 0
         self.control_bytes = 0
 
     def __bool__(self) -> bool:
-        return bool(self._control) or any(self._classes)
+        return bool(self._messages or self._control)
 
     def control(self, frame: bytes) -> None:
         self._control.append(frame)
@@ -75,48 +80,48 @@ class PriorityWriter:
 
     def put(self, message: Outgoing) -> None:
         self._classes[message.priority].append(message)
-        self.queued_bytes += message.unsent
+        self._messages += 1
 
     def remove(self, message: Outgoing) -> None:
         """Forget what is left of `message`; nothing happens if it is through already."""
         queue = self._classes[message.priority]
         if message in queue:
             queue.remove(message)
-            self.queued_bytes -= message.unsent
+            self._messages -= 1
 
     def take(self, budget: int) -> list[Plain]:
-        """Frames worth about `budget` bytes, in wire order."""
+        """Frames worth about `budget` bytes, in wire order. A small budget (a slow socket) makes small pieces."""
         frames: list[Plain] = []
+        longest = max(budget // 4, limits.MIN_QUANTUM)
         while budget > 0:
             if self._control:
                 frame = self._control.popleft()
                 frames.append((frame, None))
                 budget -= len(frame)
                 self.control_bytes -= len(frame)
-            elif any(self._classes):
-                budget -= self._one_turn(frames)
+            elif self._messages:
+                budget -= self._one_turn(frames, longest)
             else:
                 break
         return frames
 
-    def _one_turn(self, frames: list[Plain]) -> int:
+    def _one_turn(self, frames: list[Plain], longest: int) -> int:
         queue = self._next_class()
-        message = queue[0]
+        message = queue.popleft()
         written = 0
         if not message.stream:
             message.stream, head = message.make_head()
             frames.append((head, None))
             written = len(head)
         if message.unsent:
-            alone = sum(map(len, self._classes)) == 1
-            part = message.take(limits.MAX_DATA if alone else limits.SHARED_QUANTUM)
-            self.queued_bytes -= len(part)
+            shared = self._messages > 1 and message.priority is not Priority.BULK
+            part = message.take(min(limits.SHARED_QUANTUM if shared else limits.MAX_DATA, longest))
             frames.append((data_prefix(message.stream, not message.unsent, len(part)), part))
             written += len(part)
-        queue.popleft()
         if message.unsent:
             queue.append(message)
         else:
+            self._messages -= 1
             message.on_end()
         return written
 

@@ -1,0 +1,56 @@
+"""Is the peer alive? Pure: every moment is an argument (spec 03)."""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+
+from petalite import limits
+
+
+class Verdict(Enum):
+    ALIVE = auto()
+    PING = auto()  # silent for long enough to ask
+    DEAD = auto()
+
+
+class Liveness:
+    """Clocks of one connection, read only while a request of ours is pending.
+
+    Three things count as life: bytes heard, bytes of ours that the peer's side has taken, and our having asked only
+    now. A clock that has not been looked at for long shows that it was us who slept: what arrived meanwhile is still
+    unread, so the peer gets its time again.
+    """
+
+    def __init__(self, now: float) -> None:
+        self._life_at = now
+        self._heard_at = now
+        self._pinged_at = -1.0
+        self._looked_at = now
+
+    def heard(self, now: float) -> None:
+        self._life_at = self._heard_at = now
+
+    def moved(self, now: float) -> None:
+        self._life_at = now
+
+    def asked(self, now: float) -> None:
+        """The first request of ours is pending from now on."""
+        self._life_at = self._looked_at = now
+
+    def pinged(self, now: float) -> None:
+        self._pinged_at = now
+
+    def silence(self, now: float) -> float:
+        return now - self._life_at
+
+    def look(self, now: float) -> Verdict:
+        """To be called every TICK_SECONDS or so while a request of ours is pending."""
+        if now - self._looked_at > limits.PING_AFTER_SECONDS + limits.TICK_SECONDS:
+            self._life_at = now
+        self._looked_at = now
+        silence = now - self._life_at
+        if silence >= limits.DEAD_AFTER_SECONDS:
+            return Verdict.DEAD
+        if silence >= limits.PING_AFTER_SECONDS and self._pinged_at < self._life_at:
+            return Verdict.PING
+        return Verdict.ALIVE

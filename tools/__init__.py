@@ -1,0 +1,1 @@
+"""Makers, benches and checkers that stand beside the library."""
