@@ -269,6 +269,10 @@ def main() -> NoReturn:
     code = run(sys.argv[1:])
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing left to tidy up: a second Ctrl-C ends at once
     _silence_stdout()
+    if code != DONE and "trio" in sys.modules:
+        from petalite.cli.running import leave_now
+
+        leave_now(code)  # a thread may still import or compute what nobody waits for any more
     sys.exit(code)
 
 

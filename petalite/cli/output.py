@@ -7,13 +7,14 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 # Control characters (C0, DEL, C1), line and paragraph separators, marks that reorder text, lone surrogates
 _UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 Advance = Callable[[float], None]
 """Says that so much more is done, in the unit of the bar."""
+Unit = Literal["bytes", "tokens", "blocks", "servers"]
 
 
 def escape(text: str, keep: str = "") -> str:
@@ -36,6 +37,8 @@ def emit_json(value: Mapping[str, Any]) -> None:
 def notice(text: str) -> None:
     """Write one line to stderr, dim on a terminal: worth knowing, not asked for."""
     line = escape(text)
+    if TextStream.interrupted_by_notices is not None and sys.stderr.isatty() and sys.stdout.isatty():
+        TextStream.interrupted_by_notices.end()  # both show on one screen: a notice starts a line of its own
     if sys.stderr.isatty() and not os.environ.get("NO_COLOR"):
         line = f"\x1b[2m{line}\x1b[0m"
     print(line, file=sys.stderr, flush=True)
@@ -43,6 +46,9 @@ def notice(text: str) -> None:
 
 class TextStream:
     """Text to stdout piece by piece as it comes; ends its last line, so that what follows starts a new one."""
+
+    interrupted_by_notices: ClassVar[TextStream | None] = None
+    """The stream whose line is open now."""
 
     def __init__(self) -> None:
         self._open_line = False
@@ -53,6 +59,7 @@ class TextStream:
             sys.stdout.write(escape(piece, keep="\n\t"))
             sys.stdout.flush()
             self._open_line = not piece.endswith("\n")
+            TextStream.interrupted_by_notices = self if self._open_line else None
 
     def end(self) -> None:
         """End the line that is open, if one is."""
@@ -61,7 +68,7 @@ class TextStream:
 
 
 @contextmanager
-def progress(label: str, total: float | None, unit: Literal["bytes", "tokens", "blocks"]) -> Iterator[Advance]:
+def progress(label: str, total: float | None, unit: Unit | None = None) -> Iterator[Advance]:
     """A bar on stderr while the block runs, gone after it; nothing where stderr is not a terminal.
 
     Call what it yields with each amount done. `total` None: unknown, a moving bar.
@@ -71,12 +78,23 @@ def progress(label: str, total: float | None, unit: Literal["bytes", "tokens", "
         return
     # rich is imported only where it draws: a quarter of the start of a command otherwise
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
-    amount = DownloadColumn(binary_units=True) if unit == "bytes" else MofNCompleteColumn()
-    words = [TextColumn("{task.description}", markup=False), BarColumn(), amount]
-    if unit != "bytes":
-        words.append(TextColumn(unit))
-    with Progress(*words, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bars:
+    columns: list[ProgressColumn] = [TextColumn("{task.description}", markup=False), BarColumn()]
+    if unit == "bytes":
+        columns.append(DownloadColumn(binary_units=True))
+    elif unit is not None:
+        columns += [MofNCompleteColumn(), TextColumn(unit)]
+    if total is not None:
+        columns.append(TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         task = bars.add_task(escape(label), total=total)
         yield lambda done: bars.advance(task, done)

@@ -10,6 +10,7 @@ from typing import Any
 import trio
 
 from petalite import __version__
+from petalite.cli.devices import usable_device
 from petalite.cli.options import GenerationOptions, SwarmOptions
 from petalite.cli.output import TextStream, emit_json, notice, progress
 from petalite.client.api import RemoteModel, Swarm, generation_of, join
@@ -19,6 +20,9 @@ from petalite.identity import Address
 
 # A prompt of more tokens than this shows a bar while it is read.
 LONG_PROMPT = 512
+
+OnToken = Callable[[int, InferenceSession], None]
+"""Called after each new token with how many there are."""
 
 
 def generation_from(options: GenerationOptions) -> Generation:
@@ -45,6 +49,28 @@ async def join_as_told(options: SwarmOptions, peers: Sequence[Address] = ()) -> 
         agent=f"petalite/{__version__}",
     ) as swarm:
         yield swarm
+
+
+async def load(swarm: Swarm, name: str, options: GenerationOptions) -> RemoteModel:
+    """The client's share of the model, read with a bar. Raises PetaliteError for a device that cannot be used."""
+    usable_device(options.device)
+    with progress("loading", None):
+        return await swarm.load(name, wire=options.wire, device=options.device, notice=notice)
+
+
+async def generate(
+    name: str,
+    prompt: str,
+    options: GenerationOptions,
+    swarm: SwarmOptions,
+    *,
+    json: bool,
+    on_token: OnToken | None = None,
+) -> None:
+    """Join, load and tell, then leave."""
+    async with join_as_told(swarm) as joined:
+        model = await load(joined, name, options)
+        await tell(model, prompt, generation_from(options), json=json, on_token=on_token)
 
 
 @dataclass(slots=True)
@@ -90,12 +116,9 @@ async def tell(
     generation: Generation,
     *,
     json: bool,
-    on_token: Callable[[int, InferenceSession], None] | None = None,
+    on_token: OnToken | None = None,
 ) -> Story:
-    """Generate and print: the text piece by piece, or with `json` one object at the end.
-
-    `on_token(count, session)` is called after each new token.
-    """
+    """Generate and print: the text piece by piece, or with `json` one object at the end."""
     prompt_tokens = model.encode(prompt)
     check_prompts([prompt_tokens])
     story, row, out = Story(prompt), TokenRow(model, generation), TextStream()
