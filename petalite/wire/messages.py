@@ -309,10 +309,11 @@ class OpenReply(Message):
 
 @message
 class Hop(Message):
-    """The next peer of a route, and the session there."""
+    """The next peer of a route, and the session there. `n`: the step's number there, if it is not the same as here."""
 
     peer: PeerIdBytes
     sid: SessionId
+    n: Annotated[int | None, Int()] = None
 
 
 @message
