@@ -82,6 +82,7 @@ SESSION_ID_BYTES = 16
 INFO_SECONDS = 10.0
 NEAR_INFO_SECONDS = 3.0  # a server on our own networks answers sooner
 MAX_DIRECTORY = 4_096
+MAX_PROBE = 256 * 1024
 EXPIRY_SECONDS = 1.0
 MAX_RATE = 2**53  # of anything announced per second
 MAX_NEXT_HOPS = 8
