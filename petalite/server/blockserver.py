@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import trio
 
@@ -10,6 +11,8 @@ from petalite import __version__, limits
 from petalite.bloom.cache import CachePool
 from petalite.bloom.manifest import Manifest
 from petalite.bloom.span import Span
+from petalite.errors import RequestError
+from petalite.identity import PeerId
 from petalite.net.connection import Handler
 from petalite.server.executor import Executor, ThreadRunner, run_in_thread
 from petalite.server.handlers import Handlers
@@ -24,6 +27,9 @@ class BlockServer:
     `cache_tokens` is the room for all sessions together: the sum over sessions of rows x longest length. `runner`
     runs the model off the event loop (`run_inline` under a mock clock).
     """
+
+    CODECS: ClassVar = CODECS
+    VERSION: ClassVar = __version__
 
     def __init__(
         self,
@@ -46,6 +52,7 @@ class BlockServer:
             self.pool, (span.start, span.end), self._subspan, manifest.model_id, idle_seconds=idle_seconds
         )
         self._quantize = quantize
+        self._scope = trio.CancelScope()
         self._subspans = {(span.start, span.end): span}
         handlers = Handlers(self.table, self.executor, manifest, self.describe, lambda: self.state == "online")
         self.methods: Mapping[str, Handler] = handlers.methods
@@ -78,8 +85,24 @@ class BlockServer:
             version=__version__,
         )
 
+    def holds(self, owner: PeerId, sid: bytes) -> bool:
+        """Whether a session is here."""
+        try:
+            self.table.find(owner, sid)
+        except RequestError:
+            return False
+        return True
+
+    def stop(self) -> None:
+        """End `run`; whatever is held is given up."""
+        self._scope.cancel()
+
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run the executor and let sessions lapse, until cancelled."""
+        with self._scope:
+            await self._run(task_status)
+
+    async def _run(self, task_status: trio.TaskStatus[None]) -> None:
         async with trio.open_nursery() as nursery:
             await nursery.start(self.executor.run)
             task_status.started()

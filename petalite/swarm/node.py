@@ -61,6 +61,11 @@ class Node:
             self.dht.join(contacts)
 
     @property
+    def lan_running(self) -> bool:
+        """Whether the LAN is searched."""
+        return False
+
+    @property
     def may_find_more(self) -> bool:
         """Whether waiting can bring servers that are not known yet: somebody answers, or the LAN is searched."""
         return any(not entry.problem for entry in self.directory.entries.values())

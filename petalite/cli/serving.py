@@ -1,0 +1,270 @@
+"""The body of `petalite serve`: an ordered start with progress, one ready line, and a clean end."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import click
+import torch
+import trio
+
+from petalite import __version__
+from petalite.bloom.cache import bytes_per_token
+from petalite.bloom.checkpoint import block_shapes
+from petalite.bloom.config import BloomConfig
+from petalite.bloom.manifest import Manifest, load_or_make
+from petalite.cli.devices import usable_device
+from petalite.cli.identities import server_identity
+from petalite.cli.memory import free_memory
+from petalite.cli.options import SwarmOptions
+from petalite.cli.output import Advance, emit_json, notice, progress
+from petalite.cli.serve import ServeOptions
+from petalite.errors import GoAwayCode, PetaliteError
+from petalite.identity import Address, Identity
+from petalite.limits import SESSION_IDLE_SECONDS
+from petalite.models import find_model, model_name
+from petalite.net.endpoint import Endpoint
+from petalite.server.service import Service, ServiceOptions
+from petalite.swarm.interfaces import private_addresses
+from petalite.swarm.node import Node, open_node
+from petalite.swarm.placement import blocks_that_fit
+
+DEFAULT_PORT = 31337
+DRAIN_SECONDS = 10.0
+# Part of the free memory that the KV cache takes unless told otherwise, and the most of it.
+CACHE_SHARE = 0.25
+MOST_CACHE = 16 * 2**30
+# What a server needs besides blocks and cache: torch, buffers, bodies in flight.
+RESERVE_BYTES = 512 * 2**20
+
+
+async def serve(options: ServeOptions, swarm: SwarmOptions) -> None:
+    """In order: what can fail quickly, then the port, then the weights; ready means that requests are answered."""
+    directory = find_model(options.model)
+    config = BloomConfig.load(directory)
+    device = usable_device(options.device)
+    _check_blocks(options, config)
+    kept = server_identity(swarm.identity)
+    _use_threads(kept.number)
+    with trio.open_signal_receiver(signal.SIGTERM) as terms:
+        with progress("hashing the model once", None, "bytes") as advance:
+            manifest = await trio.to_thread.run_sync(load_or_make, directory, _steps(advance), abandon_on_cancel=True)
+        async with open_node(
+            kept.identity,
+            peers=swarm.peers,
+            network=swarm.network,
+            swarm_key=swarm.load_swarm_key(),
+            allow=frozenset(swarm.allow) or None,
+            agent=f"petalite/{__version__}",
+        ) as node:
+            with ExitStack() as bar:
+                service = Service(
+                    node,
+                    _service_options(options, directory, config, manifest, device),
+                    progress=_bar(bar),
+                    notice=notice,
+                )
+                node.endpoint.handlers.update(service.methods)
+                service.addresses = await _listen(node.endpoint, options, kept.identity)
+                await node.start(lan=swarm.lan, lan_interface=swarm.lan_interface, addresses=service.addresses)
+                await _run(service, node, options, terms, bar)
+
+
+async def _run(service: Service, node: Node, options: ServeOptions, terms: AsyncIterator[int], bar: ExitStack) -> None:
+    """Start, say so, and serve until SIGTERM (also while starting)."""
+    async with trio.open_nursery() as nursery:
+        stopping = trio.Event()
+
+        async def hear() -> None:
+            async for _ in terms:
+                if stopping.is_set():
+                    nursery.cancel_scope.cancel()  # the second one: at once
+                stopping.set()
+                if service.current is None:
+                    nursery.cancel_scope.cancel()
+
+        nursery.start_soon(hear)
+        await nursery.start(service.run)
+        bar.close()
+        _say_ready(options, service)
+        await stopping.wait()
+        notice("draining")
+        with trio.move_on_after(DRAIN_SECONDS):
+            await service.drain()
+        await node.endpoint.say_goodbye(GoAwayCode.SHUTTING_DOWN)
+        nursery.cancel_scope.cancel()
+
+
+def _check_blocks(options: ServeOptions, config: BloomConfig) -> None:
+    if options.blocks and options.blocks[1] > config.n_layer:
+        start, end = options.blocks
+        raise PetaliteError(f"{options.model} has blocks 0:{config.n_layer}, cannot serve {start}:{end}")
+
+
+def _service_options(
+    options: ServeOptions, directory: Path, config: BloomConfig, manifest: Manifest, device: torch.device
+) -> ServiceOptions:
+    dtype = _dtype(options.dtype, device)
+    block_bytes = _block_bytes(config, dtype, options.quantize)
+    token_bytes = bytes_per_token(config, 1, dtype)
+    free = free_memory(device)
+
+    def cache_bytes() -> int:
+        return options.cache or min(MOST_CACHE, int(free * CACHE_SHARE))
+
+    def cache_tokens(blocks: int) -> int:
+        tokens = cache_bytes() // (token_bytes * blocks)
+        if tokens < 1:
+            raise PetaliteError(f"a cache of {cache_bytes()} bytes has no room for a single token")
+        return tokens
+
+    fitting = blocks_that_fit(max(0, free - cache_bytes()), block_bytes, 0, RESERVE_BYTES)
+    if options.blocks is None and fitting < 1:
+        raise PetaliteError(f"not one block of {block_bytes} bytes fits into the {free} bytes of free memory")
+    if options.num_blocks is not None and options.num_blocks > max(fitting, 0):
+        raise PetaliteError(f"{options.num_blocks} blocks do not fit into the free memory: {fitting} do")
+    return ServiceOptions(
+        directory=directory,
+        config=config,
+        manifest=manifest,
+        name=model_name(options.model),
+        blocks=options.blocks,
+        capacity=min(options.num_blocks or fitting, config.n_layer),
+        dtype=dtype,
+        device=device,
+        quantize=options.quantize,
+        cache_tokens=cache_tokens,
+        spare_blocks=lambda: blocks_that_fit(free_memory(device), block_bytes, 0, RESERVE_BYTES),
+        idle_seconds=options.idle or SESSION_IDLE_SECONDS,
+        push=options.push,
+    )
+
+
+def _block_bytes(config: BloomConfig, dtype: torch.dtype, quantize: str | None) -> int:
+    """Memory of one block's weights."""
+    total = 0
+    for shape in block_shapes(config).values():
+        numbers = 1
+        for length in shape:
+            numbers *= length
+        total += numbers * (1 if quantize and len(shape) == 2 else dtype.itemsize)
+    return total
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def _use_threads(servers_before: int) -> None:
+    """Share the cores with the servers that run on this machine already; OMP_NUM_THREADS has the last word."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cores // (servers_before + 1)))
+
+
+def _steps(advance: Advance) -> Callable[[int, int], None]:
+    """Turns reports of (done, total) into amounts for the bar."""
+    before = 0
+
+    def report(done: int, total: int) -> None:
+        nonlocal before
+        advance(done - before)
+        before = done
+
+    return report
+
+
+def _bar(stack: ExitStack) -> Callable[[str, int, int], None]:
+    """A bar that appears with the first report; later loads, while serving, show none."""
+    step: Callable[[int, int], None] | None = None
+    used = False
+
+    def report(what: str, done: int, total: int) -> None:
+        nonlocal step, used
+        if step is None and not used:
+            used = True
+            step = _steps(stack.enter_context(progress(what, total, "blocks")))
+            stack.callback(forget)
+        if step is not None:
+            step(done, total)
+
+    def forget() -> None:
+        nonlocal step
+        step = None
+
+    return report
+
+
+async def _listen(endpoint: Endpoint, options: ServeOptions, identity: Identity) -> list[Address]:
+    """Bind, and say where others can reach us: what was announced, or each bound address."""
+    if options.listen is not None:
+        bound = await _bind(endpoint, options.listen.host, options.listen.port)
+    else:
+        bound = await _bind_private(endpoint)
+    if options.announce is not None:
+        return [Address(identity.peer_id, options.announce.host, options.announce.port)]
+    return [reachable for address in bound for reachable in _reachable(address)]
+
+
+async def _bind_private(endpoint: Endpoint) -> list[Address]:
+    """The usual port, or any that is free, on every private address and loopback: never on a public one."""
+    hosts = [*private_addresses(), "127.0.0.1"]
+    for port in (DEFAULT_PORT, 0):
+        bound: list[Address] = []
+        for host in hosts:
+            try:
+                bound += await endpoint.listen(host, bound[0].port if bound else port)
+            except OSError as error:
+                if error.errno == errno.EADDRNOTAVAIL:
+                    continue  # an address that is going, or not ready yet
+                if error.errno != errno.EADDRINUSE:
+                    raise PetaliteError(f"cannot listen on {host}: {error.strerror or error}") from error
+                if not bound:
+                    break
+        if bound:
+            return bound
+    raise PetaliteError("no address of this machine can be listened on")
+
+
+async def _bind(endpoint: Endpoint, host: str, port: int) -> list[Address]:
+    try:
+        return await endpoint.listen(host, port)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise PetaliteError(f"port {port} of {host} is in use") from error
+        raise PetaliteError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
+
+
+def _reachable(address: Address) -> list[Address]:
+    """A wildcard address stands for all of this machine's."""
+    if address.host not in ("0.0.0.0", "::"):
+        return [address]
+    version = 6 if ":" in address.host else 4
+    hosts = [host for host in private_addresses() if (":" in host) == (version == 6)]
+    return [Address(address.peer, host, address.port) for host in [*hosts, "127.0.0.1" if version == 4 else "::1"]]
+
+
+def _say_ready(options: ServeOptions, service: Service) -> None:
+    described = service.describe()
+    blocks = list(described.blocks) if described else []
+    if options.json:
+        emit_json(
+            {
+                "ready": True,
+                "peer_id": service.node.endpoint.peer_id.text,
+                "addresses": [str(address) for address in service.addresses],
+                "blocks": blocks,
+                "model": service.options.name,
+            }
+        )
+        return
+    notice(f"serving blocks {blocks[0]}:{blocks[1]} of {service.options.name}; others reach it with")
+    for address in service.addresses:
+        click.echo(f"--peer {address}")
