@@ -16,7 +16,9 @@ from enum import IntEnum
 from petalite.dht.ids import ID_BYTES, number
 from petalite.limits import MAX_CONTACT_ADDRESSES
 
-_PLACE = re.compile(r"(?:\[([0-9a-fA-F:.]{2,45})(%[A-Za-z0-9_.-]{1,32})?\]|([0-9.]{7,15})):([0-9]{1,5})")
+IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+_PLACE = re.compile(r"(?:\[([0-9a-fA-F:.]{2,45})(%[A-Za-z0-9_.-]{1,32})?\]|([0-9.]{7,15})):([0-9]{1,5})", re.ASCII)
 
 
 class Reach(IntEnum):
@@ -44,35 +46,51 @@ class Place:
 
 @functools.lru_cache(maxsize=16_384)
 def parse_place(text: str) -> Place:
-    """Read `a.b.c.d:port` or `[v6]:port`, v6 perhaps with a scope.
+    """Read `a.b.c.d:port` or `[v6]:port`, v6 perhaps with a scope, in canonical spelling (RFC 5952).
+
+    One spelling only: an address that could be written in a thousand ways would pass a thousand times for a new one.
 
     Raises:
-        ValueError: not an IP literal with a port of 0..65535.
+        ValueError: not an IP literal with a port of 0..65535, or spelled otherwise.
     """
     match = _PLACE.fullmatch(text)
     if match is None:
         raise ValueError(f"{text[:64]!r} is not an IP address with a port")
     v6, scope, v4, port = match.groups()
-    address: ipaddress.IPv4Address | ipaddress.IPv6Address = ipaddress.ip_address(v6 or v4)
+    address: IPAddress = ipaddress.IPv6Address(v6) if v6 else ipaddress.IPv4Address(v4)
+    host = f"{address}{scope or ''}"
     if int(port) > 65_535:
         raise ValueError(f"port {port} is not in 0..65535")
-    mapped = getattr(address, "ipv4_mapped", None)
-    if mapped is not None:  # ::ffff:127.0.0.1 is 127.0.0.1 in disguise
-        address = mapped
+    if text != (f"[{host}]:{int(port)}" if v6 else f"{host}:{int(port)}"):
+        raise ValueError(f"{text[:64]!r} is not in canonical spelling")
+    if getattr(address, "ipv4_mapped", None) is not None:
+        raise ValueError(f"{text[:64]!r} is an IPv4 address in disguise")
     reach = _reach(address) if int(port) else Reach.NOWHERE
-    if address.version == 6 and address.is_link_local and scope is None:
+    if v6 and address.is_link_local and scope is None:
         reach = Reach.NOWHERE  # nobody can dial fe80:: without its interface
-    subnet = address.packed[: 3 if address.version == 4 else 6]
-    return Place(f"{address}{scope or ''}", int(port), subnet, reach, scope is not None)
+    return Place(host, int(port), _subnet(address), reach, scope is not None)
 
 
-def _reach(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> Reach:
-    if address.is_unspecified or address.is_multicast or (address.is_reserved and not address.is_global):
-        return Reach.NOWHERE
-    if address == ipaddress.IPv4Address("255.255.255.255") or address in _THIS_NETWORK:
-        return Reach.NOWHERE
-    if address.is_loopback:
+def _subnet(address: IPAddress) -> bytes:
+    return address.packed[: 3 if address.version == 4 else 6]
+
+
+def _host_address(host: str) -> IPAddress | None:
+    """The address of a connection's other end; ::ffff:a.b.c.d is a.b.c.d. None where `host` is a name, as in tests."""
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return None
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+def _reach(address: IPAddress) -> Reach:
+    if address.is_loopback:  # before the rest: ::1 lies in a reserved range
         return Reach.HOST
+    if address.is_unspecified or address.is_multicast or address in _THIS_NETWORK:
+        return Reach.NOWHERE
+    if address.is_reserved and not address.is_global:
+        return Reach.NOWHERE
     return Reach.GLOBAL if address.is_global else Reach.LINK
 
 
@@ -80,20 +98,15 @@ _THIS_NETWORK = ipaddress.IPv4Network("0.0.0.0/8")
 
 
 def reach_of_host(host: str) -> Reach:
-    """Reach of the address that a connection is seen from; GLOBAL where `host` is no IP literal (a test's name)."""
-    try:
-        return _reach(ipaddress.ip_address(host.partition("%")[0]))
-    except ValueError:
-        return Reach.GLOBAL
+    """Reach of the address that a connection is seen from; GLOBAL where `host` is no IP literal."""
+    address = _host_address(host)
+    return Reach.GLOBAL if address is None else _reach(address)
 
 
 def subnet_of_host(host: str) -> bytes:
     """The /24 or /48 that a connection is seen from, as accounted by quotas; the name itself where it is no IP."""
-    try:
-        address = ipaddress.ip_address(host.partition("%")[0])
-    except ValueError:
-        return host.encode()[:64]
-    return address.packed[: 3 if address.version == 4 else 6]
+    address = _host_address(host)
+    return host.encode()[:64] if address is None else _subnet(address)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +149,7 @@ def claimed_contact(peer_id: bytes, addrs: Iterable[str], host: str, lan: bool) 
     own and have the swarm dial it. On a LAN, where machines have several addresses, every sane one counts.
     """
     wanted = []
+    host = host.removeprefix("::ffff:") if "." in host else host
     plain, percent, scope = host.partition("%")
     for text in list(addrs)[:MAX_CONTACT_ADDRESSES]:
         if percent and "%" not in text:  # a link-local claim gets the interface through which we see it

@@ -210,9 +210,8 @@ class Core:
         publication.exp_ms = self.wall(now) + int(publication.expiry * 1000)
         store = self._signed(now, key, publication.val, publication.exp_ms)
         self.table.touch(number(key), now)
-        operation = self._start(now, WriteOperation(key, store, self._search(now, key, DHT_PATHS), self._find_node))
-        self._writing[operation] = key
-        return operation
+        self._writing[self._numbers + 1] = key  # the number it will have: it may end before `_start` returns
+        return self._start(now, WriteOperation(key, store, self._search(now, key, DHT_PATHS), self._find_node))
 
     def withdraw(self, now: float, key: bytes) -> int | None:
         """Take back what we published: those who hold it get a newer record without a value. None if there
@@ -255,9 +254,8 @@ class Core:
         return self._find(target, lookup, _THIN)
 
     def _make(self, target: int, start: Iterable[Contact], paths: int, within: int) -> Lookup:
-        return Lookup(
-            target, self.n, start, paths=paths, within=within, diverse=not self.known.config.lan, connected=self.connected
-        )
+        diverse, connected = not self.known.config.lan, self.connected
+        return Lookup(target, self.n, start, paths=paths, within=within, diverse=diverse, connected=connected)
 
     def _search(self, now: float, key: bytes, paths: int) -> RegionSearch:
         radius = self.known.radius(now)
@@ -416,6 +414,8 @@ class Core:
             if publication.at <= now:
                 self._republish(now, key)
         if self._rejoin_at <= now:
+            for seed in self._seeds:  # the rising wait is their back-off
+                self.known.guard.succeeded(seed.addrs[0])
             self._join(now)
         if self._tick_at <= now:
             self._tick_at = now + self._rng.uniform(0.75, 1.25) * DHT_TICK_SECONDS
@@ -425,8 +425,8 @@ class Core:
         """Upkeep, a little each time and so without bursts: one bucket refresh, one sample of the size, one ping."""
         self.known.store.expire(self.wall(now))
         if not len(self.table):
-            if self._seeds:
-                self._rejoin_at = min(self._rejoin_at, now)
+            if self._seeds and self._rejoin_at == float("inf"):
+                self._rejoin_at = now
             return
         for index in self.table.due(now)[-1:]:
             target = random_in_bucket(self.n, index, self._rng)

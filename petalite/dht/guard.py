@@ -78,6 +78,7 @@ class DialGuard:
         self._failed[address] = (failures + 1, now + wait)
 
     def succeeded(self, address: str) -> None:
+        """Forget what failed before."""
         if self._failed:
             self._failed.pop(address, None)
 

@@ -17,7 +17,7 @@ from petalite.dht.contacts import Contact
 from petalite.limits import DHT_ALPHA, DHT_BUCKET_PER_SUBNET, DHT_K, DHT_MAX_ASKED, DHT_TAIL_ALPHA
 
 _DISTRUST = 2  # dead contacts by which a referrer loses its say, if they are also more than twice its live ones
-_PROBATION = 2  # peers that only one yet unproven referrer names: so many are asked at a time
+_PROBATION = 2  # peers that only one referrer names: so many are asked before one of its contacts has answered
 _OWN_ASKED = 6  # of the peers that we knew ourselves: were the first three liars, nobody else would be heard
 _REFERRERS = 4
 
@@ -234,7 +234,7 @@ class Lookup:
                 return True
             if len(referrers) == 1:
                 first = referrers[0]
-                if self._on_probation[first] >= _PROBATION and not self._wins[first]:
+                if not self._wins[first] and self._on_probation[first] + self._losses[first] >= _PROBATION:
                     return True
         contact = candidate.contact
         return self._diverse and (
