@@ -15,6 +15,7 @@ for _name, _value in {
     "MKL_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
+    "PETALITE_NO_LAN": "1",  # only tests that bring their own network look around in one
 }.items():
     os.environ.setdefault(_name, _value)
 

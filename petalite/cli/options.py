@@ -269,6 +269,11 @@ class SwarmOptions:
     allow: tuple[PeerId, ...] = ()
     """Empty: everybody."""
 
+    @property
+    def searches_lan(self) -> bool:
+        """For clients: whom a user names is enough, unless the LAN is asked for too."""
+        return self.lan and (not self.peers or self.lan_interface is not None)
+
     def load_swarm_key(self) -> SwarmKey | None:
         """The key of the private swarm; PetaliteError if the file is not one."""
         return None if self.swarm_key is None else SwarmKey.load(self.swarm_key)
@@ -293,7 +298,12 @@ _SWARM = (
     click.option(
         "--network", type=ParsedType("NAME", _network), metavar="NAME", help="Name of another public network."
     ),
-    click.option("--no-lan", is_flag=True, help="Neither search nor show anything on the local network."),
+    click.option(
+        "--no-lan",
+        is_flag=True,
+        envvar="PETALITE_NO_LAN",
+        help="Neither search nor show anything on the local network (also by PETALITE_NO_LAN=1).",
+    ),
     click.option(
         "--lan-interface",
         type=ParsedType("ADDRESS", _interface),

@@ -126,19 +126,23 @@ def _what_is_missing(node: Node, parts: LocalParts) -> str:
 
 @asynccontextmanager
 async def join(
-    peers: Sequence[str | Address] = (), *, lan: bool = True, lan_interface: str | None = None, **options: Any
+    peers: Sequence[str | Address] = (),
+    *,
+    lan: bool | None = None,
+    lan_interface: str | None = None,
+    **options: Any,
 ) -> AsyncIterator[Swarm]:
     """Join a swarm under a fresh identity: `async with petalite.join() as swarm` finds it on the LAN.
 
-    `peers` are addresses (petalite://PEER_ID@HOST:PORT) to begin with; `lan` False searches the LAN no more, and
-    `lan_interface` is the address of the only interface to search. Other options as for `Endpoint`. Raises ValueError
-    for a malformed address.
+    `peers` are addresses (petalite://PEER_ID@HOST:PORT) to begin with. The LAN is searched if `lan` says so, or by
+    default where no peer is given; `lan_interface` is the address of the only interface to search. Other options as
+    for `Endpoint`. Raises ValueError for a malformed address.
     """
     addresses = [Address.parse(peer) if isinstance(peer, str) else peer for peer in peers]
     options.setdefault("agent", f"petalite/{__version__}")
     identity = options.pop("identity", None) or Identity.generate()
     async with open_node(identity, peers=addresses, **options) as node:
-        await node.start(lan=lan, lan_interface=lan_interface)
+        await node.start(lan=not addresses if lan is None else lan, lan_interface=lan_interface)
         yield Swarm(node)
 
 

@@ -10,12 +10,13 @@ from typing import Any
 import trio
 
 from petalite.dht.node import DhtNode, contact_of
-from petalite.errors import PeerUnreachable
+from petalite.errors import HandshakeError, PeerLost, PeerUnreachable
 from petalite.identity import Address, Identity, PeerId
+from petalite.lan.discovery import Hint, Lan
 from petalite.limits import GOODBYE_SECONDS
 from petalite.net.connection import PeerConnection
 from petalite.net.endpoint import Endpoint, open_endpoint
-from petalite.swarm.directory import Directory, given
+from petalite.swarm.directory import Directory, Source, given
 from petalite.swarm.routing import Bans, Needs, NoRoute, Route, plan_inference
 
 
@@ -27,9 +28,11 @@ class Node:
         self.directory = Directory(endpoint)
         self.bans = Bans()
         self.dht: DhtNode | None = None
+        self.lan: Lan | None = None
         self.peers = peers
         self._nursery = nursery
         self._joined: set[PeerId] = set()
+        self._met: dict[str, PeerId] = {}  # members of a private swarm, by their instance on the LAN
 
     # Finding others
 
@@ -48,6 +51,17 @@ class Node:
         await self._nursery.start(self.directory.run)
         given(self.directory, self.peers)
         self._join_dht(self.peers)
+        if lan:
+            self.lan = Lan(
+                self.endpoint.peer_id,
+                addresses[0].port if addresses else None,
+                network=self.endpoint.network,
+                swarm_key=self.endpoint.swarm_key,
+                interfaces=[lan_interface] if lan_interface else None,
+                bound=[address.host for address in addresses],
+                on_hint=self._hinted,
+            )
+            await self._nursery.start(self.lan.run)
 
     def _join_dht(self, addresses: Iterable[Address]) -> None:
         """Enter the DHT through peers not tried before."""
@@ -60,15 +74,41 @@ class Node:
         if contacts and self.dht is not None:
             self.dht.join(contacts)
 
+    def _hinted(self, hint: Hint) -> None:
+        """The LAN says that somebody is there; a handshake will tell whether it is true."""
+        if not hint.addresses:
+            return  # it has left, or fell silent: asking it will tell
+        peer = hint.peer or self._met.get(hint.instance)
+        if peer is None:
+            self._nursery.start_soon(self._meet, hint)
+            return
+        addresses = [Address(peer, host, port) for host, port in hint.addresses]
+        for address in addresses:
+            self.directory.add(address, Source.LAN)
+        self._join_dht(addresses)
+
+    async def _meet(self, hint: Hint) -> None:
+        """Dial a member of our private swarm, who does not show its id on the LAN."""
+        for host, port in hint.addresses:
+            try:
+                connection = await self.endpoint.meet(host, port)
+            except (PeerLost, HandshakeError):
+                continue
+            self._met[hint.instance] = connection.peer
+            address = Address(connection.peer, host, port)
+            self.directory.add(address, Source.LAN)
+            self._join_dht([address])
+            return
+
     @property
     def lan_running(self) -> bool:
-        """Whether the LAN is searched."""
-        return False
+        """Whether the LAN is searched, and can be."""
+        return self.lan is not None and not self.lan.problem
 
     @property
     def may_find_more(self) -> bool:
         """Whether waiting can bring servers that are not known yet: somebody answers, or the LAN is searched."""
-        return any(not entry.problem for entry in self.directory.entries.values())
+        return self.lan_running or any(not entry.problem for entry in self.directory.entries.values())
 
     # Using others
 
