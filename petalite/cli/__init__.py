@@ -37,6 +37,8 @@ COMMANDS: Mapping[str, Entry] = {
     "serve": Entry("petalite.cli.serve", "Serve some blocks of a model to other peers."),
     "generate": Entry("petalite.cli.generate", "Continue a text with a model that servers hold."),
     "chat": Entry("petalite.cli.chat", "Talk with a model that servers hold."),
+    "status": Entry("petalite.cli.status", "Show who serves what, and what is missing."),
+    "bootstrap": Entry("petalite.cli.bootstrap", "Run a node without a model, for others to begin with."),
     "key": Entry("petalite.cli.key", "Make and show key files: identities and private swarms."),
 }
 LEVELS = ("error", "warning", "info", "debug")

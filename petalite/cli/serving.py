@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 from collections.abc import AsyncIterator, Callable
@@ -20,21 +19,18 @@ from petalite.bloom.config import BloomConfig
 from petalite.bloom.manifest import Manifest, load_or_make
 from petalite.cli.devices import usable_device
 from petalite.cli.identities import server_identity
+from petalite.cli.listening import listen_as_told
 from petalite.cli.memory import free_memory
 from petalite.cli.options import SwarmOptions
 from petalite.cli.output import Advance, emit_json, notice, progress
 from petalite.cli.serve import ServeOptions
 from petalite.errors import GoAwayCode, PetaliteError
-from petalite.identity import Address, Identity
 from petalite.limits import SESSION_IDLE_SECONDS
 from petalite.models import find_model, model_name
-from petalite.net.endpoint import Endpoint
 from petalite.server.service import Service, ServiceOptions
-from petalite.swarm.interfaces import private_addresses
 from petalite.swarm.node import Node, open_node
 from petalite.swarm.placement import blocks_that_fit
 
-DEFAULT_PORT = 31337
 DRAIN_SECONDS = 10.0
 # Part of the free memory that the KV cache takes unless told otherwise, and the most of it.
 CACHE_SHARE = 0.25
@@ -70,7 +66,7 @@ async def serve(options: ServeOptions, swarm: SwarmOptions) -> None:
                     notice=notice,
                 )
                 node.endpoint.handlers.update(service.methods)
-                service.addresses = await _listen(node.endpoint, options, kept.identity)
+                service.addresses = await listen_as_told(node.endpoint, options.listen, options.announce)
                 await node.start(lan=swarm.lan, lan_interface=swarm.lan_interface, addresses=service.addresses)
                 await _run(service, node, options, terms, bar)
 
@@ -200,55 +196,6 @@ def _bar(stack: ExitStack) -> Callable[[str, int, int], None]:
         step = None
 
     return report
-
-
-async def _listen(endpoint: Endpoint, options: ServeOptions, identity: Identity) -> list[Address]:
-    """Bind, and say where others can reach us: what was announced, or each bound address."""
-    if options.listen is not None:
-        bound = await _bind(endpoint, options.listen.host, options.listen.port)
-    else:
-        bound = await _bind_private(endpoint)
-    if options.announce is not None:
-        return [Address(identity.peer_id, options.announce.host, options.announce.port)]
-    return [reachable for address in bound for reachable in _reachable(address)]
-
-
-async def _bind_private(endpoint: Endpoint) -> list[Address]:
-    """The usual port, or any that is free, on every private address and loopback: never on a public one."""
-    hosts = [*private_addresses(), "127.0.0.1"]
-    for port in (DEFAULT_PORT, 0):
-        bound: list[Address] = []
-        for host in hosts:
-            try:
-                bound += await endpoint.listen(host, bound[0].port if bound else port)
-            except OSError as error:
-                if error.errno == errno.EADDRNOTAVAIL:
-                    continue  # an address that is going, or not ready yet
-                if error.errno != errno.EADDRINUSE:
-                    raise PetaliteError(f"cannot listen on {host}: {error.strerror or error}") from error
-                if not bound:
-                    break
-        if bound:
-            return bound
-    raise PetaliteError("no address of this machine can be listened on")
-
-
-async def _bind(endpoint: Endpoint, host: str, port: int) -> list[Address]:
-    try:
-        return await endpoint.listen(host, port)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise PetaliteError(f"port {port} of {host} is in use") from error
-        raise PetaliteError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
-
-
-def _reachable(address: Address) -> list[Address]:
-    """A wildcard address stands for all of this machine's."""
-    if address.host not in ("0.0.0.0", "::"):
-        return [address]
-    version = 6 if ":" in address.host else 4
-    hosts = [host for host in private_addresses() if (":" in host) == (version == 6)]
-    return [Address(address.peer, host, address.port) for host in [*hosts, "127.0.0.1" if version == 4 else "::1"]]
 
 
 def _say_ready(options: ServeOptions, service: Service) -> None:

@@ -47,6 +47,8 @@ async def join_as_told(options: SwarmOptions, peers: Sequence[Address] = ()) -> 
         identity=options.load_identity(),
         allow=frozenset(options.allow) or None,
         agent=f"petalite/{__version__}",
+        lan=options.searches_lan,
+        lan_interface=options.lan_interface,
     ) as swarm:
         yield swarm
 

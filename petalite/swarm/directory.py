@@ -94,7 +94,7 @@ class Directory:
         self.changed = trio.Event()
         self._endpoint = endpoint
         self._wall_clock = wall_clock
-        self._watched: dict[bytes, tuple[int, int]] = {}
+        self._watched: dict[bytes, tuple[int, int] | None] = {}
         self._active_until = 0.0
         self._woken = trio.Event()
         self._read_at = 0.0
@@ -129,10 +129,12 @@ class Directory:
         del self.entries[worst.peer]
         return True
 
-    def watch(self, model: bytes, layers: int, hidden: int) -> None:
-        """Read this model's records from now on; a server that says it has another geometry is not one of its."""
-        if model not in self._watched:
-            self._watched[model] = (layers, hidden)
+    def watch(self, model: bytes, layers: int | None = None, hidden: int | None = None) -> None:
+        """Read this model's records from now on. A server that says it has another geometry is not one of its; for
+        those who do not know the model themselves, the first server's word decides.
+        """
+        if self._watched.get(model) is None:
+            self._watched[model] = (layers, hidden) if layers is not None and hidden is not None else None
             self._read_at = 0.0
             self._woken.set()
 
@@ -294,7 +296,11 @@ class Directory:
 
     def models(self) -> dict[bytes, InfoReply]:
         """One description of each model that some server serves."""
-        return {entry.info.model: entry.info for entry in self.entries.values() if entry.info is not None}
+        found: dict[bytes, InfoReply] = {}
+        for entry in self.entries.values():
+            if entry.info is not None:
+                found.setdefault(entry.info.model, entry.info)
+        return found
 
     def problems(self) -> list[str]:
         return [entry.problem for entry in self.entries.values() if entry.problem]
@@ -304,8 +310,11 @@ class Directory:
         return {peer: e.round_trip for peer, e in self.entries.items() if e.round_trip is not None}
 
     def snapshot(self, model: bytes) -> Snapshot | None:
-        """The servers of a model that is watched; None if there are none now."""
-        layers, hidden = self._watched[model]
+        """The servers of a model; None if there are none now."""
+        geometry = self._watched.get(model) or self._first_geometry(model)
+        if geometry is None:
+            return None
+        layers, hidden = geometry
         now = trio.current_time()
         servers = []
         for entry in self.entries.values():
@@ -321,6 +330,10 @@ class Directory:
             servers=tuple(servers),
             taken_at=now,
         )
+
+    def _first_geometry(self, model: bytes) -> tuple[int, int] | None:
+        described = self.models().get(model)
+        return None if described is None else (described.layers, described.hidden)
 
     def _believed(self, entry: Entry, now: float) -> InfoReply | None:
         """A server's own word counts until asking it fails, a record's until it ends."""
