@@ -160,5 +160,3 @@ class _Listener(zeroconf.ServiceListener):
 
 def _label(name: str) -> str:
     return name[: -len(SERVICE_TYPE) - 1]
-
-

@@ -1,7 +1,4 @@
-"""One `Lan` as a process: a JSON line for each hint on stdout, until stdin closes.
-
-    python lan_peer.py SEED [--port N] [--network NAME] [--swarm-key HEX] [--lifetime S] [--interface ADDRESS]...
-"""
+"""One `Lan` as a process: a JSON line for each hint on stdout, until stdin closes. `--help` tells its options."""
 
 from __future__ import annotations
 
