@@ -75,7 +75,7 @@ class Endpoint:
         self._peer_body_quota = peer_body_quota
         self._wall_clock = wall_clock
         self._carrier = carrier or Tcp()
-        self._nursery = nursery
+        self.background = nursery
         self._peer_quotas: dict[PeerId, Quota] = {}
         self._all: set[PeerConnection] = set()
         self._accepted: Counter[str] = Counter()
@@ -89,7 +89,7 @@ class Endpoint:
 
         Raises OSError when the port is taken or the host is not ours.
         """
-        names = await self._nursery.start(self._carrier.serve, host, port, self.accept)
+        names = await self.background.start(self._carrier.serve, host, port, self.accept)
         bound = [Address(self.peer_id, name[0], name[1]) for name in names]
         self.addresses += bound
         return bound
@@ -149,10 +149,14 @@ class Endpoint:
                 problem = error
         raise problem or PeerUnreachable("no address")
 
+    async def meet(self, host: str, port: int) -> PeerConnection:
+        """Dial whoever listens there, and learn its id from the handshake. Raises PeerUnreachable, HandshakeError."""
+        return await self.adopt_dialled(await self._carrier.dial(host, port), None)
+
     async def adopt_dialled(self, transport: Transport, expected: PeerId | None) -> PeerConnection:
         """Shake hands as initiator over `transport` and keep the connection running in the background."""
         connection = await self._establish(transport, Role.INITIATOR, expected)
-        self._nursery.start_soon(self._run, connection)
+        self.background.start_soon(self._run, connection)
         winner = self.connections.get(connection.peer)
         return winner if winner is not None and not winner.leaving else connection
 

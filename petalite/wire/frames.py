@@ -187,7 +187,7 @@ def _map(head: Head) -> dict[str, Any]:
 
 def data_prefix(stream: int, end: bool, size: int) -> bytes:
     """Everything of a DATA frame that stands before its `size` body bytes, so that a body is never packed."""
-    if 0x80 <= stream < 0x1_0000:
+    if stream < 0x1_0000:
         return _USUAL_DATA.pack(0x94, _DATA, 0xCD, stream, end, 0xC5, size)
     return b"\x94\x03" + _packed_uint(stream) + (b"\x01\xc5" if end else b"\x00\xc5") + size.to_bytes(2, "big")
 
