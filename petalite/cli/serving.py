@@ -46,7 +46,7 @@ async def serve(options: ServeOptions, swarm: SwarmOptions) -> None:
     device = usable_device(options.device)
     _check_blocks(options, config)
     kept = server_identity(swarm.identity)
-    _use_threads(kept.number)
+    torch.set_num_threads(1)  # until the loaded blocks have been measured
     with trio.open_signal_receiver(signal.SIGTERM) as terms:
         with progress("hashing the model once", None, "bytes") as advance:
             manifest = await trio.to_thread.run_sync(load_or_make, directory, _steps(advance), abandon_on_cancel=True)
@@ -61,7 +61,7 @@ async def serve(options: ServeOptions, swarm: SwarmOptions) -> None:
             with ExitStack() as bar:
                 service = Service(
                     node,
-                    _service_options(options, directory, config, manifest, device),
+                    _service_options(options, directory, config, manifest, device, _threads(kept.number)),
                     progress=_bar(bar),
                     notice=notice,
                 )
@@ -103,7 +103,12 @@ def _check_blocks(options: ServeOptions, config: BloomConfig) -> None:
 
 
 def _service_options(
-    options: ServeOptions, directory: Path, config: BloomConfig, manifest: Manifest, device: torch.device
+    options: ServeOptions,
+    directory: Path,
+    config: BloomConfig,
+    manifest: Manifest,
+    device: torch.device,
+    threads: int,
 ) -> ServiceOptions:
     dtype = _dtype(options.dtype, device)
     block_bytes = _block_bytes(config, dtype, options.quantize)
@@ -138,6 +143,7 @@ def _service_options(
         spare_blocks=lambda: blocks_that_fit(free_memory(device), block_bytes, 0, RESERVE_BYTES),
         idle_seconds=options.idle or SESSION_IDLE_SECONDS,
         push=options.push,
+        threads=threads,
     )
 
 
@@ -158,11 +164,12 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
-def _use_threads(servers_before: int) -> None:
+def _threads(servers_before: int) -> int:
     """Share the cores with the servers that run on this machine already; OMP_NUM_THREADS has the last word."""
-    if "OMP_NUM_THREADS" not in os.environ:
-        cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(max(1, cores // (servers_before + 1)))
+    told = os.environ.get("OMP_NUM_THREADS", "")
+    if told.isdigit() and int(told) > 0:
+        return int(told)
+    return max(1, len(os.sched_getaffinity(0)) // (servers_before + 1))
 
 
 def _steps(advance: Advance) -> Callable[[int, int], None]:

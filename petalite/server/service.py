@@ -26,8 +26,9 @@ from petalite.errors import ErrorCode, HandshakeError, PeerLost, PetaliteError, 
 from petalite.identity import Address, PeerId
 from petalite.net.call import Call, Handler, Reply
 from petalite.server.blockserver import BlockServer
-from petalite.server.executor import ThreadRunner, run_in_thread
-from petalite.server.measure import estimate_rates, measure_rates
+from petalite.server.executor import ThreadRunner
+from petalite.server.measure import estimate_rates
+from petalite.server.threads import CountedThreads, best_threads
 from petalite.swarm.directory import server_info
 from petalite.swarm.node import Node
 from petalite.swarm.placement import (
@@ -63,7 +64,7 @@ class ServiceOptions:
     """What to serve and with what. `blocks` None: chosen, and moved, by what helps the swarm; `capacity` blocks then.
 
     `cache_tokens(blocks)`: KV cache for a span of so many blocks, in tokens. `spare_blocks()`: how many blocks fit
-    into memory beside what is held.
+    into memory beside what is held. `threads`: the most that torch may use.
     """
 
     directory: Path
@@ -77,6 +78,7 @@ class ServiceOptions:
     quantize: str | None
     cache_tokens: Callable[[int], int]
     spare_blocks: Callable[[], int]
+    threads: int = 1
     idle_seconds: float = limits.SESSION_IDLE_SECONDS
     push: bool = True
     check_seconds: float = CHECK_SECONDS
@@ -93,7 +95,7 @@ class Service:
         progress: Progress | None = None,
         notice: Callable[[str], None] | None = None,
         rng: random.Random | None = None,
-        runner: ThreadRunner = run_in_thread,
+        runner: ThreadRunner | None = None,
     ) -> None:
         self.node = node
         self.options = options
@@ -268,7 +270,7 @@ class Service:
         """Read the blocks in a worker thread, measure them, and start serving them."""
         options = self.options
 
-        def read() -> tuple[BloomSpan, tuple[float, float]]:
+        def read() -> tuple[BloomSpan, int, tuple[float, float]]:
             loaded = load_span(
                 options.directory,
                 span.start,
@@ -279,9 +281,9 @@ class Service:
                 progress=lambda done, total: self._progress(f"loading blocks {span}", done, total),
                 manifest=options.manifest,
             )
-            return loaded, measure_rates(loaded)
+            return loaded, *best_threads(loaded, options.threads)
 
-        blocks, self._rates = await trio.to_thread.run_sync(read, abandon_on_cancel=True)
+        blocks, threads, self._rates = await trio.to_thread.run_sync(read, abandon_on_cancel=True)
         server = BlockServer(
             blocks,
             options.manifest,
@@ -289,7 +291,7 @@ class Service:
             cache_tokens=options.cache_tokens(span.size),
             quantize=options.quantize,
             idle_seconds=options.idle_seconds,
-            runner=self._runner,
+            runner=self._runner or CountedThreads(threads),
         )
         if self._nursery is None:
             raise PetaliteError("the service is not running")
