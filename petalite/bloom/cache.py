@@ -10,8 +10,7 @@ complete. A step that fails or is dropped leaves the cache as it was.
 
 from __future__ import annotations
 
-from bisect import insort
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,7 +41,8 @@ class Rows:
     batch: int
     length: int
     positions: list[int]
-    views: tuple[Tensor, ...]  # per block (2, B, H, length, d)
+    views: tuple[Tensor, ...]  # per block of `blocks` (2, B, H, length, d)
+    blocks: slice  # which of the pool's blocks these rows are for
 
     @property
     def position(self) -> int:
@@ -54,7 +54,7 @@ class Rows:
     def row(self, i: int) -> Rows:
         """Row i alone, for one step: it shares the slots, and is committed and released through the whole."""
         views = tuple(view[:, i : i + 1] for view in self.views)
-        return Rows(self.pool, self.offset + i * self.length, 1, self.length, [self.positions[i]], views)
+        return Rows(self.pool, self.offset + i * self.length, 1, self.length, [self.positions[i]], views, self.blocks)
 
     def commit(self, position: int | Sequence[int]) -> None:
         """Say that every slot below `position` (one for all, or one a row) is written."""
@@ -120,15 +120,24 @@ class CachePool:
         """Token slots not reserved."""
         return sum(slots for _, slots in self._free)
 
-    def reserve(self, batch: int, length: int) -> Rows:
-        """Take `batch` neighbouring rows of `length` slots. Raises `CacheFull` where no free run is long enough."""
+    def would_fit(self, batch: int, length: int, released: Iterable[Rows] = ()) -> bool:
+        """Whether `reserve` would find room once the rows in `released` were given back."""
+        runs = [*self._free, *((rows.offset, rows.batch * rows.length) for rows in released)]
+        return any(slots >= batch * length for _, slots in _merged(runs))
+
+    def reserve(self, batch: int, length: int, blocks: slice = slice(None)) -> Rows:
+        """Take `batch` neighbouring rows of `length` slots, for all blocks of the pool or those of a slice.
+
+        A slot is one of all blocks: a slice takes no less room. Raises `CacheFull` where no free run is long enough.
+        """
         if batch < 1 or length < 1:
             raise LocalProtocolError(f"cannot reserve {batch} rows of {length} slots")
         wanted = batch * length
         for i, (offset, slots) in enumerate(self._free):
             if slots >= wanted:
                 self._free[i : i + 1] = [(offset + wanted, slots - wanted)] if slots > wanted else []
-                return Rows(self, offset, batch, length, [0] * batch, self._views(offset, batch, length))
+                views = self._views(offset, batch, length, blocks)
+                return Rows(self, offset, batch, length, [0] * batch, views, blocks)
         raise CacheFull(wanted, self.free)
 
     def release(self, rows: Rows) -> None:
@@ -136,14 +145,7 @@ class CachePool:
         if rows.pool is not self or not rows.views:
             raise LocalProtocolError("these rows are not reserved in this pool")
         rows.views = ()
-        insort(self._free, (rows.offset, rows.batch * rows.length))
-        merged: list[tuple[int, int]] = []
-        for offset, slots in self._free:
-            if merged and sum(merged[-1]) == offset:
-                merged[-1] = (merged[-1][0], merged[-1][1] + slots)
-            else:
-                merged.append((offset, slots))
-        self._free = merged
+        self._free = _merged([*self._free, (rows.offset, rows.batch * rows.length)])
 
     def extend(self, rows: Rows, length: int) -> None:
         """Make `rows` `length` slots long, contents kept. Raises `CacheFull` and changes nothing then.
@@ -152,18 +154,29 @@ class CachePool:
         """
         if length <= rows.length:
             return
-        new = self.reserve(rows.batch, length)
+        new = self.reserve(rows.batch, length, rows.blocks)
         used = max(rows.positions)
         for old_view, new_view in zip(rows.views, new.views, strict=True):
             new_view[:, :, :, :used].copy_(old_view[:, :, :, :used])
-        old = Rows(self, rows.offset, rows.batch, rows.length, [], rows.views)
+        old = Rows(self, rows.offset, rows.batch, rows.length, [], rows.views, rows.blocks)
         rows.offset, rows.length, rows.views = new.offset, new.length, new.views
         self.release(old)
 
-    def _views(self, offset: int, batch: int, length: int) -> tuple[Tensor, ...]:
+    def _views(self, offset: int, batch: int, length: int, blocks: slice) -> tuple[Tensor, ...]:
         C, H, d = self.config.hidden_size, self.config.n_head, self.config.head_dim
         run = slice(offset * C, (offset + batch * length) * C)
-        return tuple(arena[:, run].view(2, batch, H, length, d) for arena in self._arenas)
+        return tuple(arena[:, run].view(2, batch, H, length, d) for arena in self._arenas[blocks])
+
+
+def _merged(runs: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """(offset, slots) of runs that do not overlap: sorted, neighbours as one."""
+    merged: list[tuple[int, int]] = []
+    for offset, slots in sorted(runs):
+        if merged and sum(merged[-1]) == offset:
+            merged[-1] = (merged[-1][0], merged[-1][1] + slots)
+        else:
+            merged.append((offset, slots))
+    return merged
 
 
 def bytes_per_token(config: BloomConfig, blocks: int, dtype: torch.dtype) -> int:

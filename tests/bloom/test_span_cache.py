@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from petalite.bloom.cache import CacheFull, CachePool, Rows, bytes_per_token
 from petalite.bloom.config import BloomConfig
-from petalite.bloom.span import Part
+from petalite.bloom.span import Part, Span
 from petalite.errors import LocalProtocolError
 
 CLOSE = {"rtol": 0, "atol": 2e-5}
@@ -240,3 +240,34 @@ def test_rows_never_overlap_and_nothing_is_lost(actions):
             taken[fits : fits + wanted] = [True] * wanted
             held.append(rows)
         assert pool.free == taken.count(False)
+
+
+def test_rows_for_some_blocks_of_a_pool(pair):
+    """A span that serves part of the pool's blocks: its rows, reordered, extended and given back, are like any."""
+    p = pair()
+    ids = ids_of(p, 2, 20)
+    pool = CachePool(p.span.config, 3, 200)
+    part = Span(p.span.config, 1, 3, p.span.layers[1:])
+    rows = pool.reserve(2, 12, slice(1, 3))
+    assert (len(rows.views), len(rows.row(1).views), pool.free) == (2, 2, 176)
+    with torch.inference_mode():
+        first = Span(p.span.config, 0, 1, p.span.layers[:1])(p.embeddings(ids))
+        part.step(first[:, :10], rows)
+        rows.commit(10)
+        pool.extend(rows, 20)
+        assert (len(rows.views), rows.blocks, pool.free) == (2, slice(1, 3), 160)
+        logits = p.head(part.step(first[:, 10:], rows))
+    torch.testing.assert_close(logits, p.oracle(ids).logits[:, 10:], **CLOSE)
+    pool.release(rows)
+    assert pool.free == 200
+
+
+def test_would_fit_counts_runs_that_become_one():
+    pool = CachePool(BloomConfig(hidden_size=2, n_head=1, n_layer=1, vocab_size=2), 1, 30)
+    first, second, third = (pool.reserve(1, 10) for _ in range(3))
+    assert not pool.would_fit(1, 1)
+    assert pool.would_fit(2, 10, [first, second])
+    assert not pool.would_fit(2, 10, [first, third])
+    pool.release(second)
+    assert pool.would_fit(2, 10, [third])
+    assert pool.free == 10
