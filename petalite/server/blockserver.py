@@ -16,7 +16,8 @@ from petalite.identity import PeerId
 from petalite.net.connection import Handler
 from petalite.server.executor import Executor, ThreadRunner, run_in_thread
 from petalite.server.handlers import Handlers
-from petalite.server.sessions import SessionTable
+from petalite.server.push import Pusher
+from petalite.server.table import SessionTable
 from petalite.wire import messages
 from petalite.wire.tensors import CODECS
 
@@ -54,7 +55,10 @@ class BlockServer:
         self._quantize = quantize
         self._scope = trio.CancelScope()
         self._subspans = {(span.start, span.end): span}
-        handlers = Handlers(self.table, self.executor, manifest, self.describe, lambda: self.state == "online")
+        self.pusher = Pusher()
+        handlers = Handlers(
+            self.table, self.executor, manifest, self.describe, lambda: self.state == "online", self.pusher
+        )
         self.methods: Mapping[str, Handler] = handlers.methods
 
     def _subspan(self, start: int, end: int) -> Span:
@@ -80,15 +84,16 @@ class BlockServer:
             codecs=CODECS,
             max_len=min(self.pool.capacity, limits.MAX_SESSION_LENGTH),
             max_batch=limits.MAX_BATCH,
-            cache_left=self.pool.free,
+            cache_left=self.table.room_left(trio.current_time()),
             state=self.state,
             version=__version__,
+            push=self.pusher.enabled or None,
         )
 
     def holds(self, owner: PeerId, sid: bytes) -> bool:
         """Whether a session is here."""
         try:
-            self.table.find(owner, sid)
+            self.table.find(owner, sid, trio.current_time())
         except RequestError:
             return False
         return True
@@ -105,6 +110,7 @@ class BlockServer:
     async def _run(self, task_status: trio.TaskStatus[None]) -> None:
         async with trio.open_nursery() as nursery:
             await nursery.start(self.executor.run)
+            await nursery.start(self.pusher.run)
             task_status.started()
             while True:
                 await trio.sleep(limits.EXPIRY_SECONDS)

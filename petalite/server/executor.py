@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 import trio
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from petalite.bloom.cache import Rows
 from petalite.bloom.span import Part, Span
-from petalite.errors import ErrorCode, PetaliteError, RequestError
+from petalite.errors import ErrorCode, RequestError
 from petalite.server.scheduler import Batch, Job, Scheduler
 
 log = logging.getLogger("petalite.server")
@@ -39,48 +39,50 @@ async def run_inline(function: Callable[[], None], /) -> None:
 
 @dataclass(slots=True)
 class StepWork:
-    """What a step needs besides its hidden states."""
+    """What a step needs besides its hidden states. From the `cut` on the cache is not what it was before the step;
+    once `reordered`, that cannot be made good by another step.
+    """
 
     span: Span
     rows: Rows
     position: int
     pad: Sequence[int] | None
     reorder: Sequence[int] | None
+    reordered: bool = False
+    hidden: Tensor | None = None
+    passing: Iterator[Tensor] | None = None  # the piece of a long job that is amid the blocks
+    outputs: list[Tensor] = field(default_factory=list)
 
 
 class Executor:
-    """Runs jobs in the scheduler's order. `run` must be running."""
+    """Runs jobs in the scheduler's order while `run` is running. A job ends with its `settled`, exactly once."""
 
     def __init__(self, runner: ThreadRunner = run_in_thread) -> None:
         self._runner = runner
         self._scheduler = Scheduler()
         self._wake = trio.Event()
-        self._waiting: dict[Job, trio.Event] = {}
 
     @property
     def queued(self) -> int:
         """Jobs that wait for their turn."""
         return len(self._scheduler)
 
-    async def submit(self, job: Job) -> Any:
-        """Run `job` and return what its `finish` returned.
+    def load(self, owner: Hashable) -> int:
+        """Tokens of `owner` that wait or run."""
+        return self._scheduler.load(owner)
 
-        Raises what `prepare`, the model or `finish` raised (anything that is not petalite's own becomes RequestError
-        INTERNAL). Cancelled: a waiting job leaves the queue at once, a running one is finished and dropped.
+    def add(self, job: Job) -> None:
+        """Queue `job`. Then its `result` is what `finish` returned, or its `error` a RequestError: what `prepare` or
+        `finish` raised, INTERNAL for anything else that went wrong.
         """
-        done = self._waiting[job] = trio.Event()
         self._scheduler.add(job)
         self._wake.set()
-        try:
-            await done.wait()
-        except trio.Cancelled:
-            job.abandoned = True
-            if self._scheduler.remove(job):
-                self._settle(job)
-            raise
-        if job.error is not None:
-            raise job.error
-        return job.result
+
+    def cancel(self, job: Job) -> None:
+        """Nobody wants `job`: one that waits leaves at once, one that runs at its next block, its result dropped."""
+        job.abandoned = True
+        if self._scheduler.remove(job):
+            job.settled()
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run batches until cancelled."""
@@ -91,71 +93,109 @@ class Executor:
                 self._wake = trio.Event()
                 await self._wake.wait()
                 continue
-            started = trio.current_time()
-            await self._runner(functools.partial(compute, batch))
-            self._scheduler.finished(batch, trio.current_time() - started)
             for job in batch.jobs:
-                if job.done >= job.tokens or job.error is not None or job.abandoned:
-                    self._settle(job)
+                job.started()
+            begun = trio.current_time()
+            await self._runner(functools.partial(compute, batch, lambda: self._scheduler.urgent))
+            self._scheduler.finished(batch, trio.current_time() - begun)
+            for job in batch.jobs:
+                if job.over:
+                    job.settled()
 
-    def _settle(self, job: Job) -> None:
-        job.settled()
-        self._waiting.pop(job).set()
 
+def compute(batch: Batch, urgent: Callable[[], bool]) -> None:
+    """Run one batch in this thread; results and errors end up in the jobs. An error of one job costs only that job.
 
-def compute(batch: Batch) -> None:
-    """Run one batch in this thread; results and errors end up in the jobs. An error of one job costs only that job."""
+    A long job returns after a block where `urgent()` says that short ones wait.
+    """
     with torch.inference_mode():
-        ready = [(job, count) for job, count in zip(batch.jobs, batch.tokens, strict=True) if _guard(job, _prepare)]
-        if len(ready) > 1:
-            try:
-                _run(ready)
-            except RuntimeError as error:  # out of memory, say: each alone may still go
-                log.warning("a batch of %d steps failed, running them one by one: %s", len(ready), error)
-                for job, count in ready:
-                    _guard(job, lambda job, count=count: _run([(job, count)]))
+        ready = [job for job in batch.jobs if _guard(job, _prepare)]
+        if batch.long:
+            for job in ready:
+                _guard(job, lambda job: _run_long(job, urgent))
         else:
-            for job, count in ready:
-                _guard(job, lambda job, count=count: _run([(job, count)]))
-        for job, _ in ready:
+            _run_short(ready)
+        for job in ready:
             if job.error is None and job.done >= job.tokens:
                 _guard(job, _finish)
 
 
-def _guard(job: Job, action: Callable[..., None]) -> bool:
+def _guard(job: Job, action: Callable[[Job], None]) -> bool:
     try:
         action(job)
-    except PetaliteError as error:
+    except RequestError as error:
         job.error = error
-    except Exception as error:  # whatever torch raises: it ends this job with INTERNAL, and is logged whole
-        log.exception("a step failed in the model")
+    except Exception as error:  # whatever torch raises ends this job alone, and is logged whole
+        log.warning("a step failed in the model", exc_info=error)
         job.error = RequestError(ErrorCode.INTERNAL, f"the step failed in the model ({type(error).__name__})")
     return job.error is None
 
 
 def _prepare(job: Job) -> None:
-    if job.hidden is None:
-        job.hidden = job.prepare()
-        work: StepWork = job.work
-        if work.reorder is not None:
-            work.rows.reorder(work.reorder)
+    """Decode the input, then touch the cache: a step that is dropped or malformed leaves it as it was."""
+    work: StepWork = job.work
+    if work.hidden is not None:
+        return
+    hidden = job.prepare()
+    if job.abandoned:
+        raise RequestError(ErrorCode.CANCELLED, "cancelled")
+    work.hidden = hidden
+    work.rows.truncate(work.position)
+    if work.reorder is not None:
+        work.reordered = True
+        work.rows.reorder(work.reorder)
 
 
-def _run(ready: Sequence[tuple[Job, int]]) -> None:
-    """One pass through the blocks: `count` tokens of each job, behind those it has done."""
-    pieces = [job.hidden[:, job.done : job.done + count] for job, count in ready]
-    span: Span = ready[0][0].work.span
-    parts = [Part(job.work.rows, count, job.work.position + job.done, job.work.pad) for job, count in ready]
-    flat = [piece.reshape(-1, piece.shape[-1]) for piece in pieces]
-    output: Tensor = span.step_batch(flat[0] if len(flat) == 1 else torch.cat(flat), parts)
-    for (job, count), piece, result in zip(
-        ready, pieces, torch.split(output, [part.shape[0] for part in flat]), strict=True
-    ):
-        job.outputs.append(result.view(piece.shape))
-        job.done += count
+def _run_short(jobs: Sequence[Job]) -> None:
+    """All of `jobs` as one pass through the blocks; if that fails, each alone, so that only the culprit fails."""
+    if len(jobs) > 1:
+        try:
+            _run_whole(jobs)
+            return
+        except Exception as error:  # out of memory, say: nothing is committed, each alone may still go
+            log.warning("a batch of %d steps failed, running them one by one", len(jobs), exc_info=error)
+    for job in jobs:
+        _guard(job, lambda job: _run_whole((job,)))
+
+
+def _run_whole(jobs: Sequence[Job]) -> None:
+    inputs = [_flat(job.work.hidden) for job in jobs]
+    span: Span = jobs[0].work.span
+    output = span.step_batch(inputs[0] if len(jobs) == 1 else torch.cat(inputs), [_part(job) for job in jobs])
+    for job, result in zip(jobs, torch.split(output, [part.shape[0] for part in inputs]), strict=True):
+        job.work.outputs.append(result.view(job.work.hidden.shape))
+        job.done = job.tokens
+
+
+def _run_long(job: Job, urgent: Callable[[], bool]) -> None:
+    """The job's piece through at least one block, and through the rest while nothing urgent waits."""
+    work: StepWork = job.work
+    if work.hidden is None:
+        return
+    piece = work.hidden[:, job.done : job.done + job.piece]
+    if work.passing is None:
+        work.passing = work.span.step_blocks(_flat(piece), (_part(job),))
+    for output in work.passing:
+        job.at_block += 1
+        if job.at_block == job.blocks:
+            work.outputs.append(output.view(piece.shape))
+            work.passing, job.at_block, job.done = None, 0, job.done + job.piece
+            return
+        if job.abandoned or urgent():
+            return
+
+
+def _flat(hidden: Tensor) -> Tensor:
+    return hidden.reshape(-1, hidden.shape[-1])
+
+
+def _part(job: Job) -> Part:
+    work: StepWork = job.work
+    return Part(work.rows, job.piece or job.tokens, work.position + job.done, work.pad)
 
 
 def _finish(job: Job) -> None:
-    outputs = job.outputs
+    work: StepWork = job.work
+    outputs, work.outputs = work.outputs, []
     job.result = job.finish(outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1))
-    job.hidden, job.outputs = None, []
+    work.hidden = None

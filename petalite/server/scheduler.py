@@ -1,135 +1,214 @@
 """What the executor runs next: a pure queue (spec 07, rationale).
 
-Short steps of all sessions go together as one batch; a long prefill goes in pieces, sized by measured time, with the
-short steps of others in between; long ones take turns by peer. Time is an argument.
+Short steps of all sessions go together as one batch. A long prefill goes in pieces, and lets short steps that wait in
+between any two blocks; long ones take turns by peer, piece by piece. Time is an argument.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 # A job of at most this many tokens (rows x new tokens) is short: a decode step, or a few drafted tokens.
 SHORT_TOKENS = 32
 # Tokens of all short steps in one batch.
 BATCH_TOKENS = 128
+# Tokens of the smallest piece: below, a matrix product costs nearly as much for fewer.
 SMALLEST_PIECE = 16
-# How long a piece of a prefill may hold the model: while others decode, and when nobody has for a second.
-PIECE_SECONDS = 0.02
-LONE_PIECE_SECONDS = 0.2
+# How long one block of a piece may hold the model, which is how long a short step may wait for it: half of what the
+# short steps themselves take, but no less than this; if nobody decoded for RECENT_SECONDS, up to LONE_BLOCK_SECONDS.
+BLOCK_SECONDS = 0.0005
+LONE_BLOCK_SECONDS = 0.02
 RECENT_SECONDS = 1.0
+# A clock that stands still (tests) must not make a token cost nothing.
+LEAST_SECONDS = 1e-9
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Job:
-    """One step of one session: `batch` rows of `tokens` new tokens each.
+    """One step of one session: `batch` rows of `tokens` new tokens each, through `blocks` blocks.
 
     `group` tells which jobs may share a batch (the same blocks), `owner` who is to be treated fairly. `prepare` and
-    `finish` and `run` run in the worker thread; `settled` runs in the event loop when the job has left the executor,
-    whether finished, failed, or cancelled while it waited.
+    `finish` run in the worker thread; `started` and `settled` in the event loop: when the model first takes the job,
+    and when it has left the executor, whether finished, failed, or dropped.
+
+    `done` tokens are through all blocks, the next `piece` ones through `at_block` of them.
     """
 
     owner: Hashable
     group: Hashable
     batch: int
     tokens: int
+    blocks: int
     prepare: Callable[[], Any]
     finish: Callable[[Any], Any]
+    started: Callable[[], None]
     settled: Callable[[], None]
     work: Any
     done: int = 0
-    hidden: Any = None
-    outputs: list[Any] = field(default_factory=list)
+    piece: int = 0
+    at_block: int = 0
     result: Any = None
-    error: BaseException | None = None
+    error: Exception | None = None
     abandoned: bool = False
 
     @property
+    def size(self) -> int:
+        return self.batch * self.tokens
+
+    @property
     def short(self) -> bool:
-        return self.batch * self.tokens <= SHORT_TOKENS
+        return self.size <= SHORT_TOKENS
+
+    @property
+    def over(self) -> bool:
+        """Nothing is left to run."""
+        return self.done >= self.tokens or self.error is not None or self.abandoned
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Jobs to run together. `tokens` of each, from its `done` on: all of them, or a piece of the one long job."""
+    """Jobs to run together. `tokens` of each, from its `done` on: all of them, or a piece of the one long job, which
+    has `first_block` blocks behind it already.
+    """
 
     jobs: tuple[Job, ...]
     tokens: tuple[int, ...]
+    first_block: int = 0
+
+    @property
+    def long(self) -> bool:
+        return not self.jobs[0].short
 
 
 class Scheduler:
+    """Jobs wait here. One batch at a time is out: `next_batch`, then `finished`."""
+
     def __init__(self) -> None:
-        self._short: deque[Job] = deque()
+        self._short: OrderedDict[Hashable, deque[Job]] = OrderedDict()
         self._long: OrderedDict[Hashable, deque[Job]] = OrderedDict()
+        self._begun: Job | None = None  # a long job amid its piece: goes on before any other long one
         self._long_turn = False
-        self._seconds_per_token = 1e-3
+        self._load: Counter[Hashable] = Counter()
+        self._block_token_seconds = 1e-5
         self._short_at = float("-inf")
         self._short_seconds = 0.0
 
     def __len__(self) -> int:
         """Jobs that wait."""
-        return len(self._short) + sum(map(len, self._long.values()))
+        return sum(map(len, (*self._short.values(), *self._long.values()))) + (self._begun is not None)
+
+    @property
+    def urgent(self) -> bool:
+        """Short steps wait: a long piece should pause at its next block. Read from the worker thread too."""
+        return bool(self._short)
+
+    def load(self, owner: Hashable) -> int:
+        """Tokens of `owner` that wait or run."""
+        return self._load[owner]
 
     def add(self, job: Job) -> None:
-        if job.short:
-            self._short.append(job)
-        else:
-            self._long.setdefault(job.owner, deque()).append(job)
+        (self._short if job.short else self._long).setdefault(job.owner, deque()).append(job)
+        self._load[job.owner] += job.size
 
     def remove(self, job: Job) -> bool:
         """Drop a job that waits; False if it is not waiting (it runs, or is through)."""
-        queue = self._short if job.short else self._long.get(job.owner, deque())
-        if job not in queue:
+        queues = self._short if job.short else self._long
+        queue = queues.get(job.owner, deque())
+        if self._begun is job:
+            self._begun = None
+        elif job in queue:
+            queue.remove(job)
+            if not queue:
+                del queues[job.owner]
+        else:
             return False
-        queue.remove(job)
-        if not job.short and not queue:
-            del self._long[job.owner]
+        self._forget(job)
         return True
+
+    def _forget(self, job: Job) -> None:
+        self._load[job.owner] -= job.size
+        if not self._load[job.owner]:
+            del self._load[job.owner]
 
     def next_batch(self, now: float) -> Batch | None:
         """Take what runs now; None when nothing waits. Short and long take turns when both wait."""
-        if self._short and not (self._long and self._long_turn):
+        long_waits = self._begun is not None or bool(self._long)
+        if self._short and not (long_waits and self._long_turn):
             self._long_turn = True
-            return self._short_batch(now)
+            self._short_at = now
+            return self._short_batch()
         self._long_turn = False
-        return self._long_piece(now) if self._long else None
+        return self._long_piece(now) if long_waits else None
 
-    def _short_batch(self, now: float) -> Batch:
-        self._short_at = now
-        group = self._short[0].group
+    def _short_batch(self) -> Batch:
+        """Round robin over the peers, one job each, until the batch is full: a peer with many sessions is one peer.
+
+        The first peer's first job says which blocks; peers that got something go behind those that did not.
+        """
+        group = next(iter(self._short.values()))[0].group
         taken: list[Job] = []
-        kept: deque[Job] = deque()
         room = BATCH_TOKENS
-        for job in self._short:
-            size = job.batch * job.tokens
-            if job.group == group and size <= room:
-                taken.append(job)
-                room -= size
+        for served in self._rounds(group):
+            job = served[0]
+            if job.size > room:
+                break
+            taken.append(served.popleft())
+            room -= job.size
+        for owner in dict.fromkeys(job.owner for job in taken):
+            if self._short[owner]:
+                self._short.move_to_end(owner)
             else:
-                kept.append(job)
-        self._short = kept
+                del self._short[owner]
         return Batch(tuple(taken), tuple(job.tokens for job in taken))
 
+    def _rounds(self, group: Hashable) -> Any:
+        """The peers' queues whose first job is of `group`, round after round, while there are any."""
+        found = True
+        while found:
+            found = False
+            for queue in self._short.values():
+                if queue and queue[0].group == group:
+                    found = True
+                    yield queue
+
     def _long_piece(self, now: float) -> Batch:
-        owner, queue = next(iter(self._long.items()))
-        job = queue.popleft()
-        del self._long[owner]
-        if queue:
-            self._long[owner] = queue  # behind the other peers
+        job, self._begun = self._begun, None
+        if job is None:
+            owner, queue = next(iter(self._long.items()))
+            job = queue.popleft()
+            del self._long[owner]
+            if queue:
+                self._long[owner] = queue  # behind the other peers
+            job.piece = min(self._piece_tokens(job, now), job.tokens - job.done)
+        return Batch((job,), (job.piece,), job.at_block)
+
+    def _piece_tokens(self, job: Job, now: float) -> int:
         crowded = now - self._short_at < RECENT_SECONDS
-        seconds = max(PIECE_SECONDS, self._short_seconds) if crowded else LONE_PIECE_SECONDS
-        piece = max(SMALLEST_PIECE, int(seconds / self._seconds_per_token)) // job.batch
-        return Batch((job,), (min(max(piece, 1), job.tokens - job.done),))
+        seconds = max(BLOCK_SECONDS, self._short_seconds / 2) if crowded else LONE_BLOCK_SECONDS
+        return max(max(SMALLEST_PIECE, int(seconds / self._block_token_seconds)) // job.batch, 1)
 
     def finished(self, batch: Batch, seconds: float) -> None:
-        """`batch` took `seconds`; a long job that is not through goes back, first of its peer, last of the peers."""
-        tokens = sum(job.batch * count for job, count in zip(batch.jobs, batch.tokens, strict=True))
-        if batch.jobs[0].short:
+        """`batch` took `seconds`. A long job that is not through goes back: amid a piece it stays the next of the long
+        ones, at the end of one it is the first of its peer, and the peer the last.
+        """
+        if not batch.long:
             self._short_seconds += 0.2 * (seconds - self._short_seconds)
         else:
-            self._seconds_per_token += 0.5 * (seconds / tokens - self._seconds_per_token)
-            job = batch.jobs[0]
-            if job.done < job.tokens and job.error is None and not job.abandoned:
+            self._measure(batch, seconds)
+        for job in batch.jobs:
+            if job.over or not batch.long:
+                self._forget(job)
+            elif job.at_block:
+                self._begun = job
+            else:
                 self._long.setdefault(job.owner, deque()).appendleft(job)
+
+    def _measure(self, batch: Batch, seconds: float) -> None:
+        job = batch.jobs[0]
+        blocks = (job.at_block or job.blocks) - batch.first_block
+        if blocks > 0 and job.error is None:
+            cost = max(LEAST_SECONDS, seconds / (blocks * job.batch * batch.tokens[0]))
+            self._block_token_seconds += 0.5 * (cost - self._block_token_seconds)

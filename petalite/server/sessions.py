@@ -1,22 +1,21 @@
-"""The session table: which caches are held for whom, at which step, and when they lapse (spec 07).
-
-Pure but for the cache memory that it reserves: time is an argument, nothing waits. A session belongs to the pair
-(owner peer id, session id), never to a connection.
-"""
+"""One inference session as its server keeps it, and the step that runs in it (spec 07). No waiting, no clock."""
 
 from __future__ import annotations
 
-from collections import Counter
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from petalite import limits
-from petalite.bloom.cache import CacheFull, CachePool, Rows
+from petalite.bloom.cache import Rows
 from petalite.bloom.span import Span
-from petalite.errors import ErrorCode, RequestError
+from petalite.errors import ErrorCode, LocalProtocolError, RequestError
 from petalite.identity import PeerId
+from petalite.server.state import IN_PROGRESS, SESSION_REFUSALS, SESSION_TRANSITIONS, SessionEvent, SessionState
+from petalite.wire import packing
 from petalite.wire.messages import Open, Step
+from petalite.wire.tensors import Descriptor
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +24,7 @@ class Answer:
 
     head: dict[str, Any]
     body: Sequence[memoryview]
+    tensors: tuple[Descriptor, ...] = ()
 
     @property
     def size(self) -> int:
@@ -33,18 +33,47 @@ class Answer:
 
 @dataclass(slots=True, eq=False)
 class Running:
-    """The step in progress. Whoever begins it sets `started` and `stop`; `watchers` are called when it has ended."""
+    """The step in progress. Whoever gets a fresh one starts it and sets `cancel`; it ends with `outcome`.
 
-    n: int
-    digest: bytes
-    started: bool = False
-    stop: Callable[[], None] | None = None
-    watchers: list[Callable[[], None]] = field(default_factory=list)
+    `waiters`: how many requests want the outcome, and `progress` tells each of them how it stands; `begun`: the model
+    has taken it. Nobody wants an `abandoned` one: it is on its way out, and what comes next must wait for that.
+    `pushed`: another peer brought it, not the owner.
+    """
+
+    step: Step
+    body: bytearray
+    pushed: bool = False
+    cancel: Callable[[], None] | None = None
+    waiters: int = 0
+    progress: list[Callable[[str], None]] = field(default_factory=list)
+    begun: bool = False
+    abandoned: bool = False
+    digest: bytes = b""
+    outcome: Answer | RequestError | None = None
+
+    def matches(self, step: Step, body: bytearray) -> bool:
+        """Whether that is this step again."""
+        return _content(step) == _content(self.step) and body == self.body
+
+
+@dataclass(slots=True, eq=False)
+class Watcher:
+    """Somebody waits for something to happen to a session: `wake` is called whenever it does.
+
+    `n`: the step that is awaited, if one is; `error`: what ended that.
+    """
+
+    wake: Callable[[], None]
+    n: int | None = None
+    error: RequestError | None = None
 
 
 @dataclass(slots=True, eq=False)
 class Session:
-    """One caller's KV cache over `span`. `n` is the number of the next step; `rows` know the position."""
+    """One caller's KV cache over `span`. `n` is the number of the next step; `rows` know the position.
+
+    `early` stands for the one push that may wait for the step before it.
+    """
 
     owner: PeerId
     open: Open
@@ -56,7 +85,9 @@ class Session:
     last_digest: bytes = b""
     last_answer: Answer | None = None
     running: Running | None = None
-    closed: bool = False
+    early: object | None = None
+    watchers: list[Watcher] = field(default_factory=list)
+    state: SessionState = SessionState.OPENED
 
     @property
     def position(self) -> int:
@@ -66,208 +97,72 @@ class Session:
     def key(self) -> tuple[PeerId, bytes]:
         return (self.owner, self.open.sid)
 
+    @property
+    def tokens(self) -> int:
+        """Cache slots held."""
+        return self.rows.batch * self.rows.length
 
-class SessionTable:
-    """All sessions of one server over one pool of cache rows.
+    @property
+    def in_progress(self) -> bool:
+        """A step runs or waits for its turn: the session is not to be touched."""
+        return self.state in IN_PROGRESS
 
-    `subspan(start, end)` gives the blocks a session uses, as something to run. Raises RequestError from every verb
-    that a peer can press on; the codes are those of spec 07.
-    """
+    def lapsed(self, now: float, idle_seconds: float) -> bool:
+        """Opened without a step done, idle, or too old; never with a step in progress."""
+        idle = limits.SESSION_OPEN_SECONDS if self.n == 0 else idle_seconds
+        return not self.in_progress and (
+            now - self.used_at >= idle or now - self.opened_at >= limits.SESSION_LIFE_SECONDS
+        )
 
-    def __init__(
-        self,
-        pool: CachePool,
-        served: tuple[int, int],
-        subspan: Callable[[int, int], Span],
-        model: bytes,
-        *,
-        idle_seconds: float = limits.SESSION_IDLE_SECONDS,
-    ) -> None:
-        self.pool = pool
-        self.served = served
-        self.idle_seconds = idle_seconds
-        self._subspan = subspan
-        self._model = model
-        self._sessions: dict[tuple[PeerId, bytes], Session] = {}
-        self._by_owner: Counter[PeerId] = Counter()
-        self._kept_bytes = 0
+    def allow(self, event: SessionEvent) -> SessionState:
+        """The state after `event`. Raises RequestError with the code that the state table gives a peer's mistake."""
+        following = SESSION_TRANSITIONS[self.state].get(event)
+        if following is not None:
+            return following
+        state = SessionState.ABSENT if self.state is SessionState.ENDING else self.state
+        code = SESSION_REFUSALS[state].get(event)
+        if code is None:
+            raise LocalProtocolError(f"session event {event.name} in state {self.state.name}")
+        if code is ErrorCode.OUT_OF_ORDER:
+            raise out_of_order(self)
+        raise _REFUSALS[code]()
 
-    def __len__(self) -> int:
-        return len(self._sessions)
+    def advance(self, event: SessionEvent) -> None:
+        self.state = self.allow(event)
 
-    # Verbs of the peer
+    def notify(self) -> None:
+        """Something happened."""
+        for watcher in list(self.watchers):
+            watcher.wake()
 
-    def open(self, owner: PeerId, message: Open, now: float) -> Session:
-        """Reserve a session's cache. Opening again with equal fields is harmless while no step was done."""
-        known = self._sessions.get((owner, message.sid))
-        if known is not None:
-            if known.open != message or known.n:
-                raise RequestError(ErrorCode.CONFLICT, "the session exists already, with other fields or with steps")
-            known.used_at = now
-            return known
-        self._check_served(message)
-        if self._by_owner[owner] >= limits.MAX_SESSIONS_PER_PEER or len(self._sessions) >= limits.MAX_SESSIONS:
-            text = f"too many sessions: {self._by_owner[owner]} of yours, {len(self._sessions)} in all"
-            raise RequestError(ErrorCode.RESOURCES, text, {"retry": True, "after": 1000})
-        rows = self._reserve(message.batch, message.max_len, now)
-        start, end = message.blocks
-        rows.views = rows.views[start - self.served[0] : end - self.served[0]]
-        session = Session(owner, message, self._subspan(start, end), rows, now, now)
-        self._sessions[session.key] = session
-        self._by_owner[owner] += 1
-        return session
 
-    def _check_served(self, message: Open) -> None:
-        detail = {"blocks": list(self.served), "model": self._model}
-        if message.model != self._model:
-            raise RequestError(ErrorCode.NOT_SERVED, "another model, or other weights, are served here", detail)
-        start, end = message.blocks
-        if not self.served[0] <= start < end <= self.served[1]:
-            text = f"blocks {start}:{end} are asked, {self.served[0]}:{self.served[1]} are served"
-            raise RequestError(ErrorCode.NOT_SERVED, text, detail)
+def no_session() -> RequestError:
+    """The same for a session that never was, one that is gone and one of somebody else."""
+    return RequestError(ErrorCode.NO_SESSION, "no such session")
 
-    def _reserve(self, batch: int, length: int, now: float) -> Rows:
-        wanted = batch * length
-        if wanted > self.pool.capacity:
-            text = f"{batch} x {length} tokens of cache are asked, {self.pool.capacity} exist"
-            raise RequestError(ErrorCode.RESOURCES, text, {"retry": False, "cache_left": self.pool.free})
-        while True:
-            try:
-                return self.pool.reserve(batch, length)
-            except CacheFull as error:
-                if not self._evict_one(now):
-                    text = f"no room for {wanted} tokens of cache, {error.free} free"
-                    detail = {"retry": True, "after": 1000, "cache_left": error.free}
-                    raise RequestError(ErrorCode.RESOURCES, text, detail) from None
 
-    def _evict_one(self, now: float) -> bool:
-        """Drop the least recently used parked session; one with a step in progress is never parked."""
-        parked = [
-            session
-            for session in self._sessions.values()
-            if session.running is None and now - session.used_at >= limits.PARK_SECONDS
-        ]
-        if not parked:
-            return False
-        self._drop(min(parked, key=lambda session: session.used_at))
-        return True
+def out_of_order(session: Session) -> RequestError:
+    return RequestError(ErrorCode.OUT_OF_ORDER, f"step {session.n} is next", {"n": session.n})
 
-    def find(self, owner: PeerId, sid: bytes) -> Session:
-        """Raises RequestError(NO_SESSION), the same for one that never was and one of somebody else."""
-        session = self._sessions.get((owner, sid))
-        if session is None:
-            raise RequestError(ErrorCode.NO_SESSION, "no such session")
-        return session
 
-    def begin(self, session: Session, step: Step, digest: bytes, now: float) -> Answer | Running:
-        """Admit a step: its kept Answer if it was done before, else the Running that stands for it.
+_REFUSALS: dict[ErrorCode, Callable[[], RequestError]] = {
+    ErrorCode.NO_SESSION: no_session,
+    ErrorCode.CONFLICT: lambda: RequestError(
+        ErrorCode.CONFLICT, "the session exists already, with other fields or with steps"
+    ),
+    ErrorCode.BUSY: lambda: RequestError(ErrorCode.BUSY, "a step is running", {"retry": True, "after": 100}),
+}
 
-        A Running not `started` is the caller's to run, `commit` and `settle`; one that is started is a retry's to
-        watch. A new one has rolled the cache back to `step.pos` already.
-        """
-        session.used_at = now
-        if session.running is not None and session.running.n == step.n:
-            if session.running.digest != digest:
-                raise RequestError(ErrorCode.CONFLICT, f"step {step.n} runs with other content")
-            return session.running
-        if step.n == session.n - 1 and session.last_digest:
-            if session.last_digest != digest or session.last_answer is None:
-                raise RequestError(ErrorCode.CONFLICT, f"step {step.n} was done with other content")
-            return session.last_answer
-        if step.n != session.n or session.running is not None:
-            raise RequestError(ErrorCode.OUT_OF_ORDER, f"step {step.n} is asked, {session.n} is next", {"n": session.n})
-        self._check_fits(session, step)
-        session.rows.truncate(step.pos)
-        session.running = Running(step.n, digest)
-        return session.running
 
-    def _check_fits(self, session: Session, step: Step) -> None:
-        rows, tokens, hidden = step.tensors[0].shape
-        opened = session.open
-        if rows != opened.batch or hidden != session.span.config.hidden_size:
-            text = f"tensor 'h' is {rows} x {tokens} x {hidden}, due is {opened.batch} x T x"
-            raise RequestError(ErrorCode.TENSOR, f"{text} {session.span.config.hidden_size}")
-        if step.pos > session.position:
-            text = f"step begins at {step.pos}, the session holds {session.position} tokens"
-            raise RequestError(ErrorCode.POSITION, text, {"pos": session.position})
-        if step.pos + tokens > session.rows.length:
-            text = f"{step.pos} + {tokens} tokens exceed the session's {session.rows.length}"
-            raise RequestError(ErrorCode.LENGTH, text, {"max_len": session.rows.length, "pos": session.position})
+def _content(step: Step) -> tuple[object, ...]:
+    """What makes two requests the same step, besides the body: every field but the route."""
+    return (step.sid, step.n, step.pos, step.hypo, step.pad, step.tensors)
 
-    def commit(self, session: Session, step: Step, answer: Answer, now: float) -> None:
-        """The step's result is complete: move the position, and keep the answer for a retry while there is room."""
-        if session.closed or session.running is None:
-            return
-        session.rows.commit(step.pos + step.tensors[0].shape[1])
-        session.n = step.n + 1
-        session.last_digest = session.running.digest
-        session.used_at = now
-        self._kept_bytes -= session.last_answer.size if session.last_answer else 0
-        session.last_answer = None
-        if self._kept_bytes + answer.size <= limits.KEPT_REPLY_BYTES:
-            session.last_answer = answer
-            self._kept_bytes += answer.size
 
-    def settle(self, session: Session, step: Step) -> None:
-        """The step has left the executor, committed or not. A reorder cannot be undone: without commit, it ends the
-        session, and the owner replays.
-        """
-        running, session.running = session.running, None
-        if running is not None:
-            for watcher in running.watchers:
-                watcher()
-        if session.closed:
-            self._release(session)
-        elif step.hypo is not None and session.n == step.n:
-            self._drop(session)
-
-    def extend(self, session: Session, length: int, now: float) -> None:
-        session.used_at = now
-        if session.running is not None:
-            raise RequestError(ErrorCode.BUSY, "a step is running", {"retry": True, "after": 100})
-        if length * session.open.batch > self.pool.capacity:
-            raise RequestError(ErrorCode.RESOURCES, f"{self.pool.capacity} tokens of cache exist", {"retry": False})
-        try:
-            self.pool.extend(session.rows, length)
-        except CacheFull as error:
-            text = f"no room to extend to {length} tokens, {error.free} free"
-            raise RequestError(ErrorCode.RESOURCES, text, {"retry": True, "after": 1000}) from None
-
-    def close(self, owner: PeerId, sid: bytes) -> None:
-        """Forget a session; closing one that is not there is fine."""
-        session = self._sessions.get((owner, sid))
-        if session is not None:
-            self._drop(session)
-
-    # The clock
-
-    def expire(self, now: float) -> None:
-        """Drop what has lapsed: opened without a step, idle, or too old. Never one with a step in progress."""
-        for session in list(self._sessions.values()):
-            idle = limits.SESSION_OPEN_SECONDS if session.n == 0 else self.idle_seconds
-            if session.running is None and (
-                now - session.used_at >= idle or now - session.opened_at >= limits.SESSION_LIFE_SECONDS
-            ):
-                self._drop(session)
-
-    def quiet_since(self, moment: float) -> bool:
-        """Whether no session runs a step now, nor was used after `moment`."""
-        return all(session.running is None and session.used_at <= moment for session in self._sessions.values())
-
-    def _drop(self, session: Session) -> None:
-        session.closed = True
-        del self._sessions[session.key]
-        self._by_owner[session.owner] -= 1
-        if not self._by_owner[session.owner]:
-            del self._by_owner[session.owner]
-        self._kept_bytes -= session.last_answer.size if session.last_answer else 0
-        session.last_answer = None
-        if session.running is None:
-            self._release(session)
-        elif session.running.stop is not None:
-            session.running.stop()
-
-    def _release(self, session: Session) -> None:
-        """Give the rows back; with a step in the worker thread that waits until it has left it."""
-        if session.rows.views:
-            self.pool.release(session.rows)
+def step_digest(step: Step, body: bytearray) -> bytes:
+    """SHA-256 over a step's content: every field but the route, and the body."""
+    fields: dict[str, Any] = step.to_wire()
+    fields.pop("next", None)
+    sha = hashlib.sha256(packing.encode(fields))
+    sha.update(body)
+    return sha.digest()

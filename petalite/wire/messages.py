@@ -287,7 +287,9 @@ class ManifestReply(Message):
 
 @message
 class Open(Message):
-    """Reserve a session's cache. `from_` names the one peer that may push steps into it."""
+    """Reserve a session's cache. `from_` names the one peer that may push steps into it. `wait`: if there is no room,
+    wait for it until the deadline.
+    """
 
     sid: SessionId
     model: ModelId
@@ -297,6 +299,7 @@ class Open(Message):
     dtype: Annotated[str, OneOf(*ACTIVATION_DTYPES)]
     codec: Annotated[str, OneOf(*CODECS)]
     from_: Annotated[bytes | None, Key("from", Bin(32))] = None
+    wait: Annotated[bool | None, Bool()] = None
 
 
 @message
@@ -309,7 +312,7 @@ class OpenReply(Message):
 
 @message
 class Hop(Message):
-    """The next peer of a route, and the session there. `n`: the step's number there, if it is not the same as here."""
+    """The next peer of a route, and the session there. `n`: the step's number there; absent where all have the same."""
 
     peer: PeerIdBytes
     sid: SessionId
@@ -335,10 +338,14 @@ class Step(Message):
 
 @message
 class StepReply(Message):
-    """Output of step `n`; `pos` is the session's position after it. Also the reply to `await`."""
+    """Output of step `n`; `pos` is the session's position after it. Also the reply to `await`.
+
+    `drain`: the server is about to leave; the client should move the session while there is time.
+    """
 
     n: StepNumber
     pos: Position
+    drain: Annotated[bool | None, Bool()] = None
     tensors: Hidden
 
 
