@@ -45,6 +45,7 @@ from petalite.identity import verify
 from petalite.limits import (
     ANNOUNCEMENT_EXPIRY_SECONDS,
     DHT_K,
+    DHT_MAX_SEEDS,
     DHT_MAX_TIMEOUT,
     DHT_PATHS,
     DHT_SAMPLE_SECONDS,
@@ -122,7 +123,6 @@ class Core:
         return out
 
     def wall(self, now: float) -> int:
-        """Unix time in ms."""
         return int(now * 1000) + self.wall_offset_ms
 
     # ------------------------------------------------------------------------------------------------- answering
@@ -147,7 +147,8 @@ class Core:
         Returns the number of the operation, whose JoinResult follows. While nobody answers it is tried again for
         ever, with rising waits, and each try ends with a Done of its own number.
         """
-        self._seeds = tuple(seeds)
+        new = tuple(seeds)
+        self._seeds = (*new, *(seed for seed in self._seeds if seed not in new))[:DHT_MAX_SEEDS]
         self._tick_at = min(self._tick_at, now + self._rng.uniform(0.5, 1.0) * DHT_TICK_SECONDS)
         self._sample_at = now + self._rng.uniform(0.75, 1.25) * DHT_SAMPLE_SECONDS
         return self._join(now)
@@ -186,7 +187,7 @@ class Core:
             now,
             ReadOperation(
                 self._search(now, key, 1), key, self._find_value(key), self._find_node,
-                lambda raw: self.known.check(key, raw, wall), self.known.held(key, wall),
+                lambda raw: self.known.check(key, raw, wall), self.known.store.records(key, wall),
                 lambda cursor: self._find_value(key, cursor),
             ),
         )  # fmt: skip

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ from petalite.dht.routing import RoutingTable
 from petalite.dht.size import SizeEstimate, radius
 from petalite.dht.store import Quotas, RecordStore
 from petalite.errors import ErrorCode, RequestError
-from petalite.limits import DHT_K
+from petalite.limits import DHT_K, DHT_REMEMBERED_RECORDS
 
 _SIZE_SECONDS = 10.0  # for so long one estimate is used
 
@@ -66,6 +67,7 @@ class Knowledge:
         self.samples = SizeEstimate()
         self._rates = Rates()
         self._verify = verify
+        self._good: OrderedDict[bytes, Record] = OrderedDict()
         self._least = Reach.HOST if config.lan else Reach.GLOBAL
         self._size = (float("-inf"), 1.0)
 
@@ -121,7 +123,7 @@ class Knowledge:
     def keep(self, now: float, wall_ms: int, raw: bytes, subnet: bytes) -> StoreCode:
         """Store a record brought by a peer of `subnet`, if it is good and ours to hold."""
         try:
-            record = read_record(raw, self.config.network_id, verify=self._verify)
+            record = self._read(raw)
         except RecordError as error:
             return error.code
         if not self.is_ours(now, number(record.key)):
@@ -134,20 +136,21 @@ class Knowledge:
         Raises:
             RecordError
         """
-        record = read_record(raw, self.config.network_id, verify=self._verify)
+        record = self._read(raw)
         if record.key != key:
             raise RecordError(StoreCode.MALFORMED, "record of another key")
         check_times(record, wall_ms)
         return record
 
-    def held(self, key: bytes, wall_ms: int) -> list[Record]:
-        """All live records of `key` in our own store."""
-        found: list[Record] = []
-        after: bytes | None = b""
-        while after is not None:
-            raws, after = self.store.page(key, after, wall_ms)
-            found += [self.check(key, raw, wall_ms) for raw in raws]
-        return found
+    def _read(self, raw: bytes) -> Record:
+        """`read_record`, remembering what was good: a client reads the same announcements each few seconds."""
+        record = self._good.get(raw)
+        if record is None:
+            record = read_record(raw, self.config.network_id, verify=self._verify)
+            if len(self._good) >= DHT_REMEMBERED_RECORDS:
+                self._good.popitem(last=False)
+            self._good[record.raw] = record
+        return record
 
     def is_ours(self, now: float, key: int) -> bool:
         """Whether we should hold a key: we are among the k nearest we know, or within twice the radius of its region.

@@ -35,10 +35,10 @@ class State(IntEnum):
 class _Candidate:
     __slots__ = ("contact", "distance", "hop", "path", "referrers", "state")
 
-    def __init__(self, contact: Contact, distance: int, path: _Path, hop: int, referrers: list[int]) -> None:
+    def __init__(self, contact: Contact, distance: int, path: int, hop: int, referrers: list[int]) -> None:
         self.contact = contact
         self.distance = distance
-        self.path = path
+        self.path = path  # its number, not the object: no cycle, so a lookup is freed at once when it ends
         self.hop = hop  # 1 for those we knew; one more than whoever named it first
         self.referrers = referrers  # empty: we knew it ourselves
         self.state = State.NEW
@@ -94,7 +94,7 @@ class Lookup:
     def add(self, contacts: Iterable[Contact]) -> None:
         """Candidates that we know ourselves; they are dealt to the paths in turn."""
         for i, contact in enumerate(contacts):
-            self._learn(contact, self._paths[i % len(self._paths)], 1, None)
+            self._learn(contact, i % len(self._paths), 1, None)
 
     def replied(self, n: int, contacts: Iterable[Contact]) -> None:
         """Peer `n` answered with these contacts (at most k are read); an answer after `slow` still counts."""
@@ -126,7 +126,7 @@ class Lookup:
             self._blame(candidate)
         self._settle(candidate, State.FAILED)
 
-    def _learn(self, contact: Contact, path: _Path, hop: int, referrer: int | None) -> None:
+    def _learn(self, contact: Contact, path: int, hop: int, referrer: int | None) -> None:
         n = contact.n
         known = self._candidates.get(n)
         if known is not None:
@@ -140,20 +140,24 @@ class Lookup:
         distance = n ^ self.target
         candidate = _Candidate(contact, distance, path, hop, [] if referrer is None else [referrer])
         self._candidates[n] = candidate
-        insort(path.order, (distance, candidate))
-        if path is not self._all:
-            insort(self._all.order, (distance, candidate))
+        insort(self._all.order, (distance, candidate))
+        if self._paths[path] is not self._all:
+            insort(self._paths[path].order, (distance, candidate))
 
     def _settle(self, candidate: _Candidate, state: State) -> None:
         if candidate.state is State.ASKED:
-            candidate.path.in_flight -= 1
-            if candidate.path is not self._all:
-                self._all.in_flight -= 1
+            self._count(candidate, -1)
             if candidate.referrers:
                 self._on_probation[candidate.referrers[0]] -= 1
             if state is not State.REPLIED:
                 self._subnets[candidate.contact.subnet] -= 1
         candidate.state = state
+
+    def _count(self, candidate: _Candidate, by: int) -> None:
+        self._all.in_flight += by
+        path = self._paths[candidate.path]
+        if path is not self._all:
+            path.in_flight += by
 
     def _blame(self, candidate: _Candidate) -> None:
         self._lost += 1
@@ -188,9 +192,7 @@ class Lookup:
 
     def _ask(self, candidate: _Candidate) -> Contact:
         candidate.state = State.ASKED
-        candidate.path.in_flight += 1
-        if candidate.path is not self._all:
-            self._all.in_flight += 1
+        self._count(candidate, 1)
         if candidate.referrers:
             self._on_probation[candidate.referrers[0]] += 1
         else:

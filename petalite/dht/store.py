@@ -161,6 +161,12 @@ class RecordStore:
 
     # -------------------------------------------------------------------------------------------------- reading
 
+    def records(self, key: bytes, wall_ms: int) -> list[Record]:
+        """All live records of `key`, in the order of their publishers."""
+        self.expire(wall_ms)
+        group = self._keys.get(key, {})
+        return [group[name].record for name in sorted(group)]
+
     def page(
         self, key: bytes, after: bytes, wall_ms: int, count: int = MAX_RECORDS_PER_MESSAGE
     ) -> tuple[list[bytes], bytes | None]:

@@ -13,7 +13,7 @@ from petalite.dht.core import Ask, Config, Core, Done, Peer, Self
 from petalite.dht.ids import puzzle_bits
 from petalite.dht.messages import FindNode, FindValue, Nodes, Ping, Pong, Request, Store, Stored, Values
 from petalite.dht.operations import JoinResult, ReadResult, WriteResult
-from petalite.dht.records import StoreCode, make_record, read_record
+from petalite.dht.records import RecordError, StoreCode, make_record, read_record
 from petalite.errors import ErrorCode, RequestError
 from petalite.identity import Identity
 from petalite.limits import DHT_BURST, DHT_K, DHT_MAX_TIMEOUT, DHT_RATE
@@ -157,6 +157,40 @@ def test_peer_that_asks_too_much_hears_when_to_come_back_and_others_are_served()
     assert isinstance(core.handle(1.0, peer(3), Ping()), Pong)
 
 
+def test_flood_of_bad_and_superfluous_records_leaves_honest_askers_served() -> None:
+    """D09, D11, D13, D17: 50 peers of 5 subnets send what is stale, forged, alien or too much, as fast as they may."""
+    swarm, cores = grown(5)
+    core = cores[0]
+    cores[1].publish(0.0, KEY, {"honest": 1})
+    swarm.settle(0.0)
+    for i in range(600):
+        owner = identity(1000 + i % 50)
+        raw = make_record(
+            NET, i.to_bytes(32, "big"), {}, seq=EPOCH, exp=EPOCH + (9000 if i % 2 else -1), public_key=owner.public_key,
+            sign=owner.sign,
+        )  # fmt: skip
+        evil = Peer(owner.peer_id, f"66.6.{i % 5}.{i % 50}")
+        core.handle(1.0, evil, Store(records=(raw, raw[:70], bytes(64) + raw[64:])))
+    assert len(core.known.store) <= 5 * 256 + 1
+    read = cores[2].read(2.0, KEY)
+    swarm.settle(2.0)
+    assert [record.val for record in swarm.done[read].records] == [{"honest": 1}]
+    assert isinstance(core.handle(2.0, peer(9), FindNode(target=KEY)), Nodes)
+
+
+def test_seeds_of_several_joins_are_all_tried_again() -> None:
+    core = make(1)
+    for i in (2, 3):
+        core.join(0.0, [contact_of(make(i))])
+        core.take()
+    tried: set[bytes] = set()
+    for _ in range(12):
+        now = core.timer()
+        core.wake(now)
+        tried |= {effect.contact.id for effect in core.take() if isinstance(effect, Ask)}
+    assert tried == {peer(2).id, peer(3).id}
+
+
 def test_keys_that_do_not_solve_the_puzzle_stay_out() -> None:
     """PT-DHT-070"""
     core = make(1, config=Config(NET, puzzle=3))
@@ -228,6 +262,24 @@ def test_value_written_by_one_is_read_by_all_and_gone_after_withdrawal() -> None
     read = cores[5].read(4.0, KEY)
     swarm.settle(4.0)
     assert [record.val for record in swarm.done[read].records] == [None]
+
+
+def test_signature_of_a_record_is_checked_once_and_its_times_each_time() -> None:
+    checked: list[bytes] = []
+
+    def verify(public_key: bytes, signature: bytes, message: bytes) -> bool:
+        checked.append(message)
+        return True
+
+    core, owner = make(1, verify=verify), identity(3)
+    raw = make_record(
+        NET, KEY, {}, seq=EPOCH, exp=EPOCH + 9000, public_key=owner.public_key, sign=owner.sign
+    )  # fmt: skip
+    for _ in range(5):
+        assert core.known.check(KEY, raw, EPOCH).val == {}
+    assert len(checked) == 1
+    with pytest.raises(RecordError):
+        core.known.check(KEY, raw, EPOCH + 9000)
 
 
 def test_publishers_of_one_key_do_not_hide_each_other() -> None:

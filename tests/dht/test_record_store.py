@@ -118,6 +118,7 @@ def test_pages_cover_everything_once_in_the_order_of_publishers() -> None:
     for i in range(25):
         store.put(record(publisher=i * 7 % 25), NET_A, NOW)
     assert raws(store) == [record(publisher=i).raw for i in range(25)]
+    assert store.records(record().key, NOW) == [record(publisher=i) for i in range(25)]
 
 
 # ------------------------------------------------------------------------------------------------- the plain model

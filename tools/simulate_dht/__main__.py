@@ -34,11 +34,11 @@ QUICK: dict[str, Scenario] = {
 FULL: dict[str, Scenario] = {
     "healthy": scenarios.healthy,
     "dead": scenarios.dead,
-    "churn": scenarios.churn,
     "liars": scenarios.liars,
     "made-up": partial(scenarios.liars, fakes=10),
     "sybils": scenarios.sybils,
     "large": partial(scenarios.healthy, nodes=10_000, spacing=0.02, quiet=0.0),
+    "churn": scenarios.churn,
 }
 _NOTES = {
     "nearest": "share of lookups that found the nearest live peer (full sort)",
