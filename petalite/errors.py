@@ -9,7 +9,7 @@ peer acts on `RequestError` and `PeerLost`, never on `LocalProtocolError`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from enum import IntEnum
+from enum import IntEnum, StrEnum
 from typing import Any
 
 
@@ -67,8 +67,23 @@ class RemoteProtocolError(PetaliteError):
         self.code = code
 
 
+class HandshakeFault(StrEnum):
+    """What a failed handshake looks like from here, for a diagnosis; never sent."""
+
+    OTHER_NETWORK = "other network or other key"  # one case: the handshake cannot tell them apart, by design
+    VERSION = "other protocol version"
+    CLOCK = "one of the two clocks is wrong"
+    WRONG_PEER = "another peer than expected"
+    NOT_PETALITE = "not a petalite peer"
+    MALFORMED = "malformed"
+
+
 class HandshakeError(PetaliteError):
     """The handshake failed; the connection is dropped without a word to the peer."""
+
+    def __init__(self, text: str, fault: HandshakeFault = HandshakeFault.MALFORMED) -> None:
+        super().__init__(text)
+        self.fault = fault
 
 
 class RequestError(PetaliteError):

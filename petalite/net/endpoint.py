@@ -205,7 +205,7 @@ class Endpoint:
         except HandshakeError as error:
             with trio.move_on_after(limits.GOODBYE_SECONDS):
                 await self._send_refusal(transport, handshake.data_to_send())
-            raise HandshakeError(f"{address}: {error}") from error
+            raise HandshakeError(f"{address}: {error}", error.fault) from error
 
     async def _send_refusal(self, transport: Transport, refusal: bytes) -> None:
         """A version refusal is all that may be said; then wait for the peer's end, lest a reset overtakes it."""

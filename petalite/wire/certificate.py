@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from petalite.errors import HandshakeError, RemoteProtocolError
+from petalite.errors import HandshakeError, HandshakeFault, RemoteProtocolError
 from petalite.identity import KEY_BYTES, SIGNATURE_BYTES, Identity, PeerId, check_public_key, peer_id_of
 from petalite.identity import verify as verify_signature
 from petalite.limits import CERTIFICATE_SECONDS, CLOCK_SKEW_SECONDS, MAX_CERTIFICATE
@@ -60,7 +60,8 @@ def verify(
         raise HandshakeError("identity certificate: the signature does not fit")
     certificate = Certificate(public_key, not_after)
     if expected is not None and certificate.peer != expected:
-        raise HandshakeError(f"peer id mismatch: dialled {expected.text}, reached {certificate.peer.text}")
+        text = f"peer id mismatch: dialled {expected.text}, reached {certificate.peer.text}"
+        raise HandshakeError(text, HandshakeFault.WRONG_PEER)
     return certificate
 
 
@@ -93,7 +94,9 @@ def _fields(payload: bytes) -> tuple[bytes, int, bytes]:
 def _check_times(not_after: int, now: int) -> None:
     if not_after < now:
         late = now - not_after
-        raise HandshakeError(f"identity certificate expired {late} s ago by our clock: is one of the two clocks wrong?")
+        text = f"identity certificate expired {late} s ago by our clock: is one of the two clocks wrong?"
+        raise HandshakeError(text, HandshakeFault.CLOCK)
     if not_after > now + CERTIFICATE_SECONDS + CLOCK_SKEW_SECONDS:
         early = not_after - now
-        raise HandshakeError(f"identity certificate ends {early} s ahead of our clock: is one of the two clocks wrong?")
+        text = f"identity certificate ends {early} s ahead of our clock: is one of the two clocks wrong?"
+        raise HandshakeError(text, HandshakeFault.CLOCK)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
-from petalite.errors import HandshakeError, LocalProtocolError
+from petalite.errors import HandshakeError, HandshakeFault, LocalProtocolError
 from petalite.identity import Identity, PeerId, Random, SwarmKey
 from petalite.limits import CERTIFICATE_ISSUE_SECONDS, MAX_HANDSHAKE_MESSAGE, MAX_NETWORK_ID
 from petalite.wire import certificate
@@ -25,10 +25,6 @@ REFUSAL = 0xFF  # in the place of the pattern: the responder's whole answer to a
 PREAMBLE_BYTES = 6
 PROTOCOL_XX = "Noise_XX_25519_ChaChaPoly_SHA256"
 PROTOCOL_XX_PSK = "Noise_XXpsk0+psk3_25519_ChaChaPoly_SHA256"
-
-# One verdict for everything that a wrong prologue or a wrong key can look like: telling them apart is impossible here,
-# and saying it to the peer would be an oracle (PT-TRN-042).
-_OTHER_NETWORK = "handshake failed: other network or other key"
 
 
 class Role(Enum):
@@ -103,7 +99,7 @@ class Handshake:
         self._now = now
         self._private = swarm_key is not None
         self._preamble = MAGIC + bytes([MAJOR, PATTERN_XX_PSK if self._private else PATTERN_XX])
-        self._failure: str | None = None
+        self._failure: HandshakeError | None = None
         self._input = bytearray()
         self._output = bytearray()
         static = KeyPair.from_private(random(DHLEN))
@@ -137,21 +133,21 @@ class Handshake:
             LocalProtocolError: called after `result` was set; these bytes belong to the record layer.
         """
         if self._failure is not None:
-            raise HandshakeError(self._failure)
+            raise HandshakeError(str(self._failure), self._failure.fault)
         if self.result is not None:
             raise LocalProtocolError("the handshake is over; its bytes go to the record layer")
         try:
             if not data:
-                raise HandshakeError(self._closed())
+                raise self._closed()
             self._input += data
             while self.result is None and self._step():
                 pass
         except HandshakeError as error:
-            self._fail(str(error))
+            self._fail(error)
             raise
 
-    def _fail(self, text: str) -> None:
-        self._failure = text
+    def _fail(self, error: HandshakeError) -> None:
+        self._failure = error
         self._input.clear()
         # Only a refusal may still go out (PT-TRN-040): a message 2 that was due when the next bytes turned out wrong
         # may not.
@@ -161,10 +157,10 @@ class Handshake:
     def _refusal(self) -> bytes:
         return MAGIC + bytes([MAJOR, REFUSAL])
 
-    def _closed(self) -> str:
+    def _closed(self) -> HandshakeError:
         if self.role is Role.INITIATOR:
-            return f"{_OTHER_NETWORK} (the peer closed the connection without an answer)"
-        return "the peer closed the connection during the handshake"
+            return _other_network("the peer closed the connection without an answer")
+        return HandshakeError("the peer closed the connection during the handshake")
 
     # --- steps ---
 
@@ -174,15 +170,15 @@ class Handshake:
         preamble = bytes(self._input[:PREAMBLE_BYTES])
         del self._input[:PREAMBLE_BYTES]
         if not preamble.startswith(MAGIC):
-            raise HandshakeError("not a petalite peer: it does not begin with the preamble")  # PT-TRN-011
+            raise _not_petalite("it does not begin with the preamble")  # PT-TRN-011
         major, pattern = preamble[4], preamble[5]
         if major != MAJOR:
             # PT-TRN-012; but a private swarm does not answer those who hold no key, not even this (PT-TRN-015).
             if not self._private:
                 self._output += self._refusal()
-            raise HandshakeError(f"version refused: the peer speaks protocol version {major}, we speak {MAJOR}")
+            raise _version_refused(f"the peer speaks protocol version {major}, we speak {MAJOR}")
         if preamble != self._preamble:  # PT-TRN-016
-            raise HandshakeError(f"{_OTHER_NETWORK} (the peer asks for pattern {pattern}, ours is {self._preamble[5]})")
+            raise _other_network(f"the peer asks for pattern {pattern}, ours is {self._preamble[5]}")
         self._step = self._read_message_1
         return True
 
@@ -221,8 +217,8 @@ class Handshake:
         if len(self._input) < PREAMBLE_BYTES:
             return False
         if not self._input.startswith(MAGIC) or self._input[5] != REFUSAL:
-            raise HandshakeError("not a petalite peer: its answer is no handshake message")
-        raise HandshakeError(f"version refused: we speak protocol version {MAJOR}, the peer up to {self._input[4]}")
+            raise _not_petalite("its answer is no handshake message")
+        raise _version_refused(f"we speak protocol version {MAJOR}, the peer up to {self._input[4]}")
 
     # --- parts of steps ---
 
@@ -232,7 +228,7 @@ class Handshake:
             return None
         size = int.from_bytes(self._input[:2], "big")
         if not low <= size <= high:
-            raise HandshakeError(f"handshake message of {size} bytes where {low} to {high} are possible")
+            raise _not_petalite(f"handshake message of {size} bytes where {low} to {high} are possible")
         if len(self._input) < 2 + size:
             return None
         message = bytes(self._input[2 : 2 + size])
@@ -243,7 +239,7 @@ class Handshake:
         try:
             return self._noise.read_message(message)
         except HandshakeError as error:
-            raise HandshakeError(f"{_OTHER_NETWORK} ({error})") from None
+            raise _other_network(str(error)) from None
 
     def _write(self, payload: bytes) -> None:
         message = self._noise.write_message(payload)
@@ -264,3 +260,20 @@ class Handshake:
         encrypt, decrypt = (first, second) if self.role is Role.INITIATOR else (second, first)
         self.result = Established(peer.peer, peer.public_key, encrypt, decrypt, bytes(self._input))
         self._input.clear()
+
+
+# --- what a failure is called ---
+
+
+# One verdict for everything that a wrong prologue or a wrong key can look like: telling them apart is impossible here,
+# and saying it to the peer would be an oracle (PT-TRN-042).
+def _other_network(text: str) -> HandshakeError:
+    return HandshakeError(f"handshake failed: other network or other key ({text})", HandshakeFault.OTHER_NETWORK)
+
+
+def _version_refused(text: str) -> HandshakeError:
+    return HandshakeError(f"version refused: {text}", HandshakeFault.VERSION)
+
+
+def _not_petalite(text: str) -> HandshakeError:
+    return HandshakeError(f"not a petalite peer: {text}", HandshakeFault.NOT_PETALITE)
