@@ -178,7 +178,7 @@ class Steps:
             return
         first, *rest = step.next
         push = messages.Push(
-            owner=session.owner,
+            owner=bytes(session.owner),
             sid=first.sid,
             n=step.n if first.n is None else first.n,
             pos=step.pos,
