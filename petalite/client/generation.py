@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -10,9 +11,10 @@ import torch
 import trio
 from torch import Tensor
 
+from petalite import limits
 from petalite.client.model import Model
 from petalite.client.sampling import Sampler, Sampling
-from petalite.client.session import InferenceSession
+from petalite.client.session import InferenceSession, SessionError
 from petalite.client.text import TextStream
 from petalite.errors import PetaliteError
 
@@ -44,15 +46,16 @@ async def prefill(
     Raises SessionError after STEP_SECONDS without any progress of the whole.
     """
     hidden = await model.embed(rows)
-    with trio.move_on_after(STEP_SECONDS * max(1, hidden.shape[1] // 256)) as scope:
+    with trio.move_on_after(STEP_SECONDS * max(1, hidden.shape[1] // limits.PREFILL_TOKENS)):
         output = await session.step(hidden, progress)
-        return await trio.to_thread.run_sync(model.logits_here, output[:, -1])
-    raise _too_slow(session, scope)
+        return await model.run(lambda: model.logits_here(output[:, -1]))
+    raise _too_slow(session)
 
 
-def _too_slow(session: InferenceSession, scope: trio.CancelScope) -> PetaliteError:
-    holders = ", ".join(f"{peer.short}.. ({a}:{b})" for peer, (a, b) in session.route)
-    return PetaliteError(f"no answer in {STEP_SECONDS:.0f} s or more from {holders or 'any server'}")
+def _too_slow(session: InferenceSession) -> SessionError:
+    holders = ", ".join(f"{peer.short}.. (blocks {a}:{b})" for peer, (a, b) in session.route)
+    text = f"no answer in {STEP_SECONDS:.0f} s or more from {holders or 'any server'}"
+    return SessionError(f"{text}; {session.trouble}" if session.trouble else text)
 
 
 async def decode_tokens(
@@ -76,16 +79,16 @@ async def decode_tokens(
         with torch.inference_mode():
             return choose(model.logits_here(hidden[:, -1]))
 
-    tokens, hidden = await trio.to_thread.run_sync(choose, logits)
+    tokens, hidden = await model.run(lambda: choose(logits))
     while True:
         for row, token in zip(seen, tokens, strict=True):
             row.append(token)
         yield tokens
         with trio.move_on_after(STEP_SECONDS) as scope:
             output = await session.step(hidden)
-            tokens, hidden = await trio.to_thread.run_sync(judge, output)
+            tokens, hidden = await model.run(functools.partial(judge, output))
         if scope.cancelled_caught:
-            raise _too_slow(session, scope)
+            raise _too_slow(session)
 
 
 class TokenRow:

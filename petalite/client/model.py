@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import torch
 import trio
@@ -20,6 +21,8 @@ from petalite.errors import CheckpointError, PetaliteError
 from petalite.models import find_model, model_name
 from petalite.swarm.node import Node
 from petalite.wire.tensors import INT8, RAW
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,22 +66,49 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         raise CheckpointError(f"{path}: not a tokenizer: {str(error)[:200]}") from error
 
 
+class Runner(Protocol):
+    """What runs our share of the model off the event loop."""
+
+    async def __call__(self, function: Callable[[], T], /) -> T: ...
+
+
+async def run_in_thread(function: Callable[[], T], /) -> T:
+    """A cancelled wait leaves the thread to run out: a matrix product cannot be stopped and must not delay an exit."""
+    return await trio.to_thread.run_sync(function, abandon_on_cancel=True)
+
+
+async def run_inline(function: Callable[[], T], /) -> T:
+    """For tests under a mock clock, where a thread would let virtual time run away."""
+    await trio.lowlevel.checkpoint()
+    return function()
+
+
 class Model:
     """A model whose blocks are in the swarm. Made by `Swarm.load`.
 
     `wire` is the activations' form: "auto" (f16, or bf16 where the servers compute in bf16), "f32", "f16", "bf16" or
-    "int8". `notice` gets a quiet line when a server is replaced.
+    "int8". `notice` gets a quiet line when a server is replaced. `push`: servers may pass activations on among
+    themselves. `runner` runs embeddings and head.
     """
 
     def __init__(
-        self, node: Node, parts: LocalParts, *, wire: str = "auto", notice: Callable[[str], None] | None = None
+        self,
+        node: Node,
+        parts: LocalParts,
+        *,
+        wire: str = "auto",
+        notice: Callable[[str], None] | None = None,
+        push: bool = True,
+        runner: Runner = run_in_thread,
     ) -> None:
         self.node = node
         self.parts = parts
         self.config = parts.config
         self.tokenizer = parts.tokenizer
         self.notice = notice
+        self.run = runner
         self._wire = wire
+        self._push = push
 
     @property
     def model_id(self) -> bytes:
@@ -94,7 +124,7 @@ class Model:
 
     async def embed(self, tokens: Sequence[Sequence[int]]) -> Tensor:
         """Token ids, rows of one length -> (B, T, C)."""
-        return await trio.to_thread.run_sync(self.embed_here, tokens)
+        return await self.run(lambda: self.embed_here(tokens))
 
     def embed_here(self, tokens: Sequence[Sequence[int]]) -> Tensor:
         """`embed`, for a worker thread. Raises PetaliteError for an id outside of the vocabulary."""
@@ -133,6 +163,7 @@ class Model:
             codec=codec,
             pad=pad,
             notice=self.notice,
+            push=self._push,
         )
 
     def _activations(self) -> tuple[str, str]:

@@ -8,32 +8,17 @@ a replay to a fresh server and a rollback are the same act, and a lost server is
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from petalite import limits
 from petalite.client.history import History
+from petalite.client.hop import Hop, HopEvent, HopState
+from petalite.errors import LocalProtocolError
 from petalite.identity import PeerId
 from petalite.swarm.snapshot import Span
-
-
-@dataclass(slots=True, eq=False)
-class Hop:
-    """One server's part: what it holds for us, as far as we know."""
-
-    peer: PeerId
-    blocks: Span
-    sid: bytes
-    max_len: int
-    opened: bool = False
-    n: int = 0
-    position: int = 0
-    reorder: tuple[int, ...] | None = None
-    busy: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.peer.short}.. (blocks {self.blocks})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +34,19 @@ class Open:
 
 
 @dataclass(frozen=True, slots=True)
+class Check:
+    """Ask the server where the hop's session stands, and say so with `checked`."""
+
+    hop: Hop
+
+
+@dataclass(frozen=True, slots=True)
 class Extend:
-    """The hop's cache is too short for what is coming."""
+    """The hop's cache is too short for what is coming: make it `max_len` tokens long, or at least `least`."""
 
     hop: Hop
     max_len: int
+    least: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,68 +60,98 @@ class Send:
     reorder: tuple[int, ...] | None
 
 
-Action = Plan | Open | Extend | Send
+@dataclass(frozen=True, slots=True)
+class Push:
+    """One step through a row of hops: the first gets its inputs from us, each next one from the hop before it."""
+
+    sends: tuple[Send, ...]
+
+
+Action = Plan | Open | Check | Extend | Send | Push
+
+
+@dataclass(slots=True)
+class _Output:
+    """What has come out of the last block in this step, up to position `end`."""
+
+    end: int = 0
+    pieces: list[Tensor] = field(default_factory=list)
 
 
 class Pipeline:
     """One session of `batch` rows through blocks [0, layers).
 
-    `piece`: the most tokens in one step; `new_sid` makes session ids.
+    `piece`: the most tokens in one step; `short`: the most tokens, over all rows, of a step that may be pushed from
+    server to server; `new_sid` makes session ids.
     """
 
-    def __init__(self, layers: int, *, batch: int, max_len: int, piece: int, new_sid: Callable[[], bytes]) -> None:
+    def __init__(
+        self, layers: int, *, batch: int, max_len: int, piece: int, new_sid: Callable[[], bytes], short: int = 0
+    ) -> None:
         self.layers = layers
         self.batch = batch
         self.max_len = max_len
         self.position = 0
         self.target = 0
         self.hops: list[Hop] = []
+        self.retired: list[Hop] = []
         self.replayed_tokens = 0
         self._piece = piece
+        self._short = short
         self._new_sid = new_sid
         self._histories: dict[int, History] = {0: History()}
-        self._output: list[Tensor] = []
-        self._output_end = 0
+        self._output = _Output()
 
     # What the caller of the session does
 
     def feed(self, hidden: Tensor) -> None:
         """Begin a step: `hidden` (B, T, C) enters block 0 at the current position."""
+        if not self.complete:
+            raise LocalProtocolError("a step is running: one at a time")
+        if hidden.dim() != 3 or hidden.shape[0] != self.batch or hidden.shape[1] < 1:
+            raise LocalProtocolError(f"hidden states of shape {tuple(hidden.shape)}, due is ({self.batch}, T, C)")
         self._histories[0].truncate(self.position)
         self._histories[0].write(self.position, hidden)
         self.target = self.position + hidden.shape[1]
-        self._output, self._output_end = [], self.position
+        self._output = _Output(self.position)
 
     @property
     def complete(self) -> bool:
         """The step's output has come out of the last block."""
-        return self._output_end >= self.target
+        return self._output.end >= self.target
 
     @property
     def done_tokens(self) -> int:
         """Tokens of the step whose output has come so far."""
-        return self._output_end - self.position
+        return self._output.end - self.position
 
     def take_output(self) -> Tensor:
         """End the step: (B, T, C), what the last block gave for its tokens."""
-        output = self._output[0] if len(self._output) == 1 else torch.cat(self._output, dim=1)
+        pieces = self._output.pieces
         self.position = self.target
-        self._output = []
-        return output
+        self._output = _Output(self.position)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
     def truncate(self, position: int) -> None:
         """Forget every token at or behind `position`, also of a step that was begun and not completed."""
+        if not 0 <= position <= self.position:
+            raise LocalProtocolError(f"cannot roll back to {position}, the session holds {self.position} tokens")
         self.position = self.target = position
+        self._output = _Output(position)
         for history in self._histories.values():
             history.truncate(position)
-        for hop in self.hops:
+        for hop in (*self.hops, *self.retired):
             hop.position = min(hop.position, position)
 
     def reorder(self, sources: Sequence[int]) -> None:
         """Row i becomes what row sources[i] was; each server learns it with its next step."""
+        if not self.complete:
+            raise LocalProtocolError("a step is running: reorder between steps")
+        if len(sources) != self.batch or any(not 0 <= source < self.batch for source in sources):
+            raise LocalProtocolError(f"cannot reorder {self.batch} rows as {list(sources)}")
         for history in self._histories.values():
             history.reorder(sources)
-        for hop in self.hops:
+        for hop in (*self.hops, *self.retired):
             if hop.position:
                 before = hop.reorder or tuple(range(self.batch))
                 hop.reorder = tuple(before[source] for source in sources)
@@ -138,18 +161,33 @@ class Pipeline:
         """Memory that the kept inputs take."""
         return sum(history.nbytes for history in self._histories.values())
 
+    @property
+    def borders(self) -> int:
+        """How many block boundaries inputs are kept for."""
+        return len(self._histories)
+
     # What the owner's loop asks
 
-    def ready(self) -> list[Action]:
-        """Everything that can be done now, at most one action a hop; empty when the step is complete or all wait."""
+    def ready(self, push: bool = False) -> list[Action]:
+        """Everything that can be done now, at most one action a hop; empty when the step is complete or all wait.
+
+        `push`: short steps may go from server to server where the sessions were opened for it.
+        """
         gap = self._first_gap()
         if gap is not None:
             return [Plan(gap)]
-        unopened: list[Action] = [Open(hop) for hop in self.hops if not hop.opened and not hop.busy]
+        unopened: list[Action] = [Open(hop) for hop in self.hops if hop.state is HopState.NEW and not hop.busy]
         if unopened:
             return unopened[:1]  # in block order: waiting for room while holding room further on would be a deadlock
-        actions = (self._action_of(hop) for hop in self.hops if not hop.busy)
-        return [action for action in actions if action is not None]
+        actions: list[Action] = []
+        for i, hop in enumerate(self.hops):
+            action = None if hop.busy else self._action_of(hop)
+            row = self._row_from(i, action) if push and isinstance(action, Send) else ()
+            if len(row) > 1:
+                actions.append(Push(row))
+            elif action is not None:
+                actions.append(action)
+        return actions
 
     def _first_gap(self) -> Span | None:
         at = 0
@@ -160,14 +198,51 @@ class Pipeline:
         return Span(at, self.layers) if at < self.layers else None
 
     def _action_of(self, hop: Hop) -> Action | None:
-        # The last tokens go through again where a hop is ahead: its output for them was lost with a server behind it.
         start = hop.position
         end = min(self.target, self._history(hop).length)
         if start >= end:
-            return None
+            return self._again(hop, end)
+        if hop.state is HopState.UNSURE:
+            return Check(hop)
         if end > hop.max_len:
-            return Extend(hop, max(self.max_len, self.target))
+            return Extend(hop, self._room_for(self.target), self.target)
         return Send(hop, hop.n, start, min(end, start + self._piece), hop.reorder)
+
+    def _again(self, hop: Hop, end: int) -> Action | None:
+        """Where a hop has done tokens whose output we do not have (it went with a boundary that nobody needed for a
+        while): run them once more.
+        """
+        known = self._output.end if hop.blocks.end == self.layers else self._known(hop.blocks.end)
+        if known >= end:
+            return None
+        if hop.state is HopState.UNSURE:
+            return Check(hop)
+        return Send(hop, hop.n, known, min(end, known + self._piece), hop.reorder)
+
+    def _known(self, border: int) -> int:
+        return self._histories[border].length if border in self._histories else 0
+
+    def _room_for(self, tokens: int) -> int:
+        """Length to ask for: what was planned, or a quarter more than needed, so that few requests extend it."""
+        return self.max_len if tokens <= self.max_len else min(tokens + tokens // 4, limits.MAX_SESSION_LENGTH)
+
+    def _row_from(self, first: int, send: Send) -> tuple[Send, ...]:
+        """`send` and the same step of the hops behind, as far as each lets the one before push into it."""
+        if send.end != self.target or self.batch * (send.end - send.start) > self._short:
+            return ()
+        row = [send]
+        for before, hop in zip(self.hops[first:], self.hops[first + 1 :], strict=False):
+            if (
+                hop.source != before.peer
+                or hop.state is not HopState.OPEN
+                or hop.busy
+                or (hop.position, hop.reorder) != (send.start, send.reorder)
+                or hop.max_len < send.end
+                or any(hop.peer == other.hop.peer for other in row)
+            ):
+                break
+            row.append(Send(hop, hop.n, send.start, send.end, hop.reorder))
+        return tuple(row)
 
     def _history(self, hop: Hop) -> History:
         return self._histories.setdefault(hop.blocks.start, History())
@@ -178,43 +253,109 @@ class Pipeline:
 
     # How it went
 
-    def assign(self, hops: Sequence[tuple[PeerId, Span]]) -> list[Hop]:
-        """Fill the first gap with fresh servers, in block order."""
+    def assign(self, hops: Sequence[tuple[PeerId, Span]], pushing: frozenset[PeerId] = frozenset()) -> list[Hop]:
+        """Fill the first gap with fresh servers, in block order. Peers in `pushing` pass outputs on when asked."""
         made = [Hop(peer, blocks, self._new_sid(), self.max_len) for peer, blocks in hops]
+        for hop in made:
+            hop.max_len = self._room_for(max(self.max_len, self.position, self.target))
         self.hops = sorted([*self.hops, *made], key=lambda hop: hop.blocks.start)
-        borders = {0, *(hop.blocks.start for hop in self.hops)}
-        self._histories = {start: kept for start, kept in self._histories.items() if start in borders}
+        for before, hop in zip(self.hops, self.hops[1:], strict=False):
+            joined = before.blocks.end == hop.blocks.start and before.peer != hop.peer
+            if hop.state is HopState.NEW:
+                hop.source = before.peer if joined and {before.peer, hop.peer} <= pushing else None
+        self._keep_borders()
         return made
 
+    def _keep_borders(self) -> None:
+        # Ends too: what lies behind a living hop is a gap that will need these inputs.
+        hops = (*self.hops, *self.retired)
+        borders = {0, *(hop.blocks.start for hop in hops), *(hop.blocks.end for hop in hops)}
+        self._histories = {start: kept for start, kept in self._histories.items() if start in borders}
+
     def opened(self, hop: Hop) -> None:
-        hop.opened = True
+        hop.happened(HopEvent.OPENED)
 
     def extended(self, hop: Hop, max_len: int) -> None:
+        """The server's cache is `max_len` tokens long now."""
+        hop.happened(HopEvent.EXTENDED)
         hop.max_len = max_len
 
     def replied(self, action: Send, output: Tensor) -> None:
         """`output` (B, T, C) of the hop's last block for the tokens that were sent."""
         hop = action.hop
-        if hop not in self.hops:
-            return
+        hop.happened(HopEvent.REPLIED)
         hop.n = action.n + 1
         hop.position = action.end
         hop.reorder = None
         self.replayed_tokens += max(0, min(action.end, self.position) - action.start)
         if hop.blocks.end < self.layers:
-            self._histories.setdefault(hop.blocks.end, History()).write(action.start, output)
-        elif action.end > self._output_end:
-            self._output.append(output[:, max(0, self._output_end - action.start) :])
-            self._output_end = action.end
+            history = self._histories.setdefault(hop.blocks.end, History())
+            if action.start <= history.length:  # else the tokens between are asked for first, see `_again`
+                history.write(action.start, output)
+        elif action.end > self._output.end >= action.start:
+            self._output.pieces.append(output[:, self._output.end - action.start :])
+            self._output.end = action.end
+
+    def cut_off(self, action: Send) -> None:
+        """The reply to `action` was not awaited; the server may have done it or not."""
+        if action.hop.state is not HopState.OPEN:
+            return
+        if action.reorder is not None:
+            self.forgotten(action.hop)  # rows were mixed or not, and no answer tells which
+        else:
+            action.hop.happened(HopEvent.CUT_OFF)
+
+    def checked(self, hop: Hop, n: int, position: int) -> None:
+        """The server says which step is next and where it stands."""
+        hop.happened(HopEvent.CHECKED)
+        if n not in (hop.n, hop.n + 1) or (n == hop.n and position < hop.position):
+            self.forgotten(hop)
+            return
+        hop.n = n
+        hop.position = min(hop.position, position)
 
     def forgotten(self, hop: Hop) -> None:
         """The server lives but has no such session any more: open a new one there and replay."""
+        hop.happened(HopEvent.FORGOTTEN)
         hop.sid = self._new_sid()
-        hop.opened = False
+        hop.max_len = max(hop.max_len, self._room_for(self.target))
         hop.n = hop.position = 0
         hop.reorder = None
 
     def lost(self, hop: Hop) -> None:
         """The server is out: its blocks become a gap."""
-        if hop in self.hops:
-            self.hops.remove(hop)
+        hop.happened(HopEvent.LOST)
+        self.hops.remove(hop)
+
+    # Handing over from a server that is leaving
+
+    def retire(self, hop: Hop) -> None:
+        """The hop's blocks become a gap, but it stays at hand until the step is complete: see `restore`."""
+        self.hops.remove(hop)
+        self.retired.append(hop)
+
+    def restore(self, gap: Span) -> list[Hop] | None:
+        """Put a retired hop of these blocks back, since nobody else took them over; gives the hops that it displaces.
+
+        None if no retired hop held any of them.
+        """
+        for hop in self.retired:
+            if _overlap(hop.blocks, gap):
+                displaced = [other for other in self.hops if _overlap(other.blocks, hop.blocks)]
+                for other in displaced:
+                    self.lost(other)
+                self.retired.remove(hop)
+                self.hops = sorted([*self.hops, hop], key=lambda each: each.blocks.start)
+                return displaced
+        return None
+
+    def take_retired(self) -> list[Hop]:
+        """Hops that nobody needs any more: others have caught up."""
+        done, self.retired = self.retired, []
+        for hop in done:
+            hop.happened(HopEvent.LOST)
+        return done
+
+
+def _overlap(one: Span, other: Span) -> bool:
+    return one.start < other.end and other.start < one.end

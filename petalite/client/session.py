@@ -8,34 +8,38 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import TracebackType
+from typing import Any
 
 import trio
 from torch import Tensor
 
 from petalite import bridge, limits
-from petalite.client.pipeline import Action, Extend, Hop, Open, Pipeline, Plan, Send
-from petalite.errors import ErrorCode, HandshakeError, PeerLost, PetaliteError, RequestError
+from petalite.client.calls import Calls, Outcome, Terms
+from petalite.client.hop import Hop, HopState
+from petalite.client.pipeline import Action, Check, Extend, Open, Pipeline, Plan, Push, Send
+from petalite.client.planning import Planner, SessionError
+from petalite.client.verdicts import Judge, Verdict, retry_after
+from petalite.errors import HandshakeError, LocalProtocolError, PeerLost, RequestError
 from petalite.identity import PeerId
-from petalite.net.connection import PeerConnection, Reply
 from petalite.net.nursery import open_flat_nursery
 from petalite.swarm.node import Node
-from petalite.swarm.routing import Needs, Route
-from petalite.wire import messages
-from petalite.wire.tensors import Descriptor, encoded_size
-from petalite.wire.writer import Priority
+from petalite.swarm.routing import Route
+from petalite.wire.tensors import encoded_size
+
+__all__ = ["InferenceSession", "SessionError"]
 
 log = logging.getLogger("petalite.client")
 
-# Answers that mean "not this session any more": open a new one at the same server and replay.
-_FORGOTTEN = frozenset({ErrorCode.NO_SESSION, ErrorCode.CONFLICT, ErrorCode.OUT_OF_ORDER, ErrorCode.POSITION})
-# Answers that put the blame on us: believed when a second peer says so too.
-_OWN_FAULT = frozenset({ErrorCode.BAD_REQUEST, ErrorCode.UNSUPPORTED})
-
-
-class SessionError(PetaliteError):
-    """The session cannot go on: names peers, blocks and cause."""
+# Between two looks for a server that could take over from one that is leaving.
+HAND_OVER_SECONDS = 1.0
+# A step that is worked on for longer may be worth taking elsewhere.
+SLOW_SECONDS = 2.0
+SLOW_AVOID_SECONDS = 30.0
+# A pushed step that has not come so long after the hop before it was done is sent by ourselves.
+PUSH_SECONDS = 1.0
+PUSH_OFF_SECONDS = (5.0, 300.0)
 
 
 class InferenceSession:
@@ -43,6 +47,8 @@ class InferenceSession:
 
     Use it as an async context manager: leaving it tells the servers to forget. `dtype` and `codec` are those of the
     activations on the wire; `pad` is the left padding of each row. `notice` gets a quiet line when a server is lost.
+    `push`: let servers pass activations on among themselves where all can. `history_limit`: bytes of inputs that may
+    be kept for replay.
     """
 
     def __init__(
@@ -58,23 +64,34 @@ class InferenceSession:
         codec: str,
         pad: Sequence[int] | None = None,
         notice: Callable[[str], None] | None = None,
+        push: bool = True,
+        history_limit: int = limits.MAX_HISTORY_BYTES,
     ) -> None:
-        token = Descriptor("h", dtype, (batch, 1, hidden), codec)
-        piece = min(limits.PREFILL_TOKENS, max(1, limits.PREFILL_BYTES // encoded_size(token)))
+        terms = Terms(model=model, layers=layers, hidden=hidden, batch=batch, dtype=dtype, codec=codec)
+        piece = min(limits.PREFILL_TOKENS, max(1, limits.PREFILL_BYTES // encoded_size(terms.descriptor(1))))
         self._pipeline = Pipeline(
-            layers, batch=batch, max_len=max_len, piece=piece, new_sid=lambda: os.urandom(limits.SESSION_ID_BYTES)
+            layers,
+            batch=batch,
+            max_len=max_len,
+            piece=piece,
+            new_sid=lambda: os.urandom(limits.SESSION_ID_BYTES),
+            short=limits.SHORT_STEP_TOKENS,
         )
-        self._node = node
-        self._model = model
-        self._dtype = dtype
-        self._codec = codec
-        self._pad = tuple(pad) if pad is not None and any(pad) else None
         self._notice = notice or (lambda line: log.info("%s", line))
-        self._compute_class: tuple[str, str] | None = None
-        self._failures: list[str] = []
-        self._forgotten: dict[PeerId, int] = {}
-        self._accused_by: PeerId | None = None
+        self._judge = Judge()
+        self._calls = Calls(node, terms)
+        self._planner = Planner(node, terms, self._judge, self._notice, push=push)
+        self._node = node
+        self._terms = terms
+        self._pad = tuple(pad) if pad is not None and any(pad) else None
+        self._history_limit = history_limit
+        self._leftover: list[Hop] = []
+        self._lost: list[str] = []
         self._lost_at: float | None = None
+        self._hand_over_at = 0.0
+        self._push_at = 0.0 if push else float("inf")
+        self._push_pause = PUSH_OFF_SECONDS[0]
+        self._step_seconds: dict[PeerId, float] = {}
         self.failovers = 0
         self.failover_seconds = 0.0
 
@@ -91,9 +108,19 @@ class InferenceSession:
         return self._pipeline.history_bytes
 
     @property
+    def replayed_tokens(self) -> int:
+        """Tokens sent again, summed over hops."""
+        return self._pipeline.replayed_tokens
+
+    @property
     def route(self) -> list[tuple[PeerId, tuple[int, int]]]:
         """Who holds which blocks now."""
         return [(hop.peer, (hop.blocks.start, hop.blocks.end)) for hop in self._pipeline.hops]
+
+    @property
+    def trouble(self) -> str:
+        """Why the current step is not through: what servers failed with, the newest last; "" if none did."""
+        return "; ".join(dict.fromkeys(self._judge.causes))
 
     async def step(self, hidden: Tensor, progress: Callable[[int], None] | None = None) -> Tensor:
         """Send `hidden` (B, T, C) through all blocks; returns (B, T, C) in the wire's dtype.
@@ -104,19 +131,48 @@ class InferenceSession:
         Raises SessionError (no way to go on within the deadline), RequestError of our own fault, LocalProtocolError.
         """
         pipeline = self._pipeline
-        pipeline.feed(hidden.to(bridge.torch_dtype(self._dtype)))
+        self._check_size(hidden)
+        values = hidden.to(bridge.torch_dtype(self._terms.dtype))
+        self._hand_over()
+        pipeline.feed(values)
         try:
             while not pipeline.complete:
-                await self._advance(pipeline.ready())
+                await self._advance(pipeline.ready(push=trio.current_time() >= self._push_at))
                 if progress is not None:
                     progress(pipeline.done_tokens)
         except BaseException:
             pipeline.truncate(pipeline.position)
             raise
+        output = pipeline.take_output()
+        self._step_done()
+        retired = pipeline.take_retired()
+        if retired:
+            await self._close_all(retired)
+        return output
+
+    def _check_size(self, hidden: Tensor) -> None:
+        if hidden.dim() != 3 or hidden.shape[2] != self._terms.hidden:
+            raise LocalProtocolError(
+                f"hidden states of shape {tuple(hidden.shape)}, due is (B, T, {self._terms.hidden})"
+            )
+        tokens = self.position + hidden.shape[1]
+        if tokens > limits.MAX_SESSION_LENGTH:
+            raise LocalProtocolError(f"a session of {tokens} tokens, the limit is {limits.MAX_SESSION_LENGTH}")
+        token_bytes = self._terms.batch * self._terms.hidden * bridge.torch_dtype(self._terms.dtype).itemsize
+        kept = tokens * token_bytes * self._pipeline.borders
+        if kept > self._history_limit:
+            raise SessionError(
+                f"keeping {tokens} tokens for replay would take {kept / 2**20:.0f} MiB, "
+                f"the limit is {self._history_limit / 2**20:.0f} MiB"
+            )
+
+    def _step_done(self) -> None:
+        self._judge.step_done()
+        self._planner.step_done()
+        self._lost.clear()
         if self._lost_at is not None:
             self.failover_seconds += trio.current_time() - self._lost_at
             self._lost_at = None
-        return pipeline.take_output()
 
     def truncate(self, position: int) -> None:
         """Forget the tokens at and behind `position`; the servers learn it with the next step."""
@@ -125,6 +181,8 @@ class InferenceSession:
     def reorder(self, sources: Sequence[int]) -> None:
         """Row i becomes what row sources[i] was (beam search)."""
         self._pipeline.reorder(sources)
+        if self._pad is not None:
+            self._pad = tuple(self._pad[source] for source in sources)
 
     async def __aenter__(self) -> InferenceSession:
         return self
@@ -136,23 +194,21 @@ class InferenceSession:
 
     async def close(self) -> None:
         """Tell the servers that they may forget; bounded, and silent about those that are gone."""
+        pipeline = self._pipeline
+        await self._close_all([*pipeline.hops, *pipeline.retired, *self._leftover])
+        self._leftover.clear()
+
+    async def _close_all(self, hops: Sequence[Hop]) -> None:
         with trio.move_on_after(limits.GOODBYE_SECONDS, shield=True):
             async with trio.open_nursery() as nursery:
-                for hop in self._pipeline.hops:
-                    if hop.opened:
-                        nursery.start_soon(self._close_hop, hop)
-
-    async def _close_hop(self, hop: Hop) -> None:
-        connection = self._node.endpoint.connections.get(hop.peer)
-        if connection is not None and not connection.leaving:
-            try:
-                await connection.request("close", messages.Close(sid=hop.sid).to_wire())
-            except (PeerLost, RequestError):
-                pass  # it forgets by itself
+                for hop in hops:
+                    nursery.start_soon(self._calls.close, hop)
 
     # Acting
 
     async def _advance(self, actions: list[Action]) -> None:
+        if not actions:
+            raise LocalProtocolError("the step is not complete, and nothing can be done")
         if len(actions) == 1:
             await self._perform(actions[0])
             return
@@ -163,150 +219,204 @@ class InferenceSession:
     async def _perform(self, action: Action) -> None:
         if isinstance(action, Plan):
             await self._plan(action)
-            return
-        hop = action.hop
+        elif isinstance(action, Push):
+            await self._push(action)
+        elif isinstance(action, Open):
+            await self._attempt(action.hop, "open", lambda: self._open(action.hop))
+        elif isinstance(action, Check):
+            await self._attempt(action.hop, "status", lambda: self._check(action.hop))
+        elif isinstance(action, Extend):
+            await self._attempt(action.hop, "extend", lambda: self._extend(action))
+        else:
+            await self._attempt(action.hop, "step", lambda: self._send(action))
+
+    async def _attempt(self, hop: Hop, method: str, call: Callable[[], Awaitable[None]]) -> bool:
+        """Do it, and judge the hop if it fails; whether it went well."""
         hop.busy = True
         try:
-            if isinstance(action, Open):
-                await self._open(hop)
-            elif isinstance(action, Extend):
-                await self._extend(action)
-            else:
-                await self._send(action)
+            await call()
         except RequestError as error:
-            self._refused(hop, error)
+            await self._refused(hop, method, error)
         except (PeerLost, HandshakeError) as error:
-            self._lose(hop, str(error))
+            self._lose(hop, str(error), ban=True)
+        else:
+            return True
         finally:
             hop.busy = False
-
-    async def _plan(self, action: Plan) -> None:
-        """Give the gap to the best servers; while there are none, look again until the caller's deadline."""
-        pipeline = self._pipeline
-        pause = 0.1
-        while True:
-            needs = Needs(
-                blocks=action.blocks,
-                cache_tokens=pipeline.batch * pipeline.max_len,
-                compute_class=self._compute_class,
-                codec=self._codec,
-                push=False,
-            )
-            route = self._node.plan(self._model, needs)
-            if isinstance(route, Route):
-                break
-            why = "no server serves this model" if route is None else route.reason
-            if trio.current_effective_deadline() - trio.current_time() <= pause:
-                raise SessionError("; ".join([why, *self._node.directory.problems(), *self._failures[-3:]]))
-            await trio.sleep(pause)
-            pause = min(2 * pause, 2.0)
-            await self._node.directory.refresh()
-        made = pipeline.assign([(hop.peer, hop.blocks) for hop in route.hops])
-        if self._lost_at is not None and pipeline.position:
-            names = ", ".join(str(hop) for hop in made)
-            self._notice(f"replaying {pipeline.position} tokens on {names}")
-        snapshot = self._node.directory.snapshot(self._model)
-        server = snapshot.get(made[0].peer) if snapshot else None
-        if self._compute_class is None and server is not None:
-            self._compute_class = server.compute_class
+        return False
 
     async def _open(self, hop: Hop) -> None:
-        message = messages.Open(
-            sid=hop.sid,
-            model=self._model,
-            blocks=(hop.blocks.start, hop.blocks.end),
-            max_len=hop.max_len,
-            batch=self._pipeline.batch,
-            dtype=self._dtype,
-            codec=self._codec,
-        )
-        await self._request(hop, "open", message.to_wire())
-        self._pipeline.opened(hop)
+        """Waits for cache room, but not for long: holding some elsewhere meanwhile, others wait for us."""
+        with trio.move_on_after(limits.ROOM_SECONDS):
+            await self._calls.open(hop)
+            self._pipeline.opened(hop)
+            return
+        self._judge.no_room(hop.peer, trio.current_time())
+        self._lose(hop, f"no answer to open within {limits.ROOM_SECONDS:.0f} s", ban=False)
+
+    async def _check(self, hop: Hop) -> None:
+        self._pipeline.checked(hop, *await self._calls.status(hop))
 
     async def _extend(self, action: Extend) -> None:
-        message = messages.Extend(sid=action.hop.sid, max_len=action.max_len)
-        reply = await self._request(action.hop, "extend", message.to_wire())
-        self._pipeline.extended(action.hop, messages.ExtendReply.from_wire(reply.head).max_len)
-
-    async def _send(self, action: Send) -> None:
-        hop = action.hop
-        inputs = self._pipeline.inputs(action)
-        descriptor, body = bridge.to_wire(inputs, self._dtype, self._codec)
-        step = messages.Step(
-            sid=hop.sid, n=action.n, pos=action.start, hypo=action.reorder, pad=self._pad, tensors=(descriptor,)
-        )
-        short = inputs.shape[0] * inputs.shape[1] <= 32
-        reply = await self._request(
-            hop, "step", step.to_wire(), body, Priority.STEP if short else Priority.BULK, encoded_size(descriptor)
-        )
-        self._pipeline.replied(action, self._check_reply(action, descriptor, reply))
-        self._forgotten.pop(hop.peer, None)
-        self._node.succeeded(hop.peer)
-
-    def _check_reply(self, action: Send, sent: Descriptor, reply: Reply) -> Tensor:
-        """The output, if the reply is what was asked for; otherwise the peer is at fault: PeerLost."""
         try:
-            answer = messages.StepReply.from_wire(reply.head)
-            tensor = answer.tensors[0]
-            if (answer.n, answer.pos) != (action.n, action.end):
-                raise PeerLost(f"answered step {answer.n} at {answer.pos}, asked was {action.n} at {action.end}")
-            if (tensor.dtype, tensor.codec, tensor.shape) != (sent.dtype, sent.codec, sent.shape):
-                raise PeerLost(f"answered a tensor of {tensor.shape} {tensor.dtype}, not {sent.shape} {sent.dtype}")
-            return bridge.from_wire(tensor, reply.body[0])
-        except RequestError as error:
-            raise PeerLost(f"answered wrongly: {error.text}") from error
+            length = await self._calls.extend(action.hop, action.max_len)
+        except RequestError:
+            if action.least == action.max_len:
+                raise
+            length = await self._calls.extend(action.hop, action.least)  # less to spare, but enough
+        self._pipeline.extended(action.hop, length)
 
-    async def _request(
-        self,
-        hop: Hop,
-        method: str,
-        head: dict[str, object],
-        body: Sequence[memoryview] = (),
-        priority: Priority = Priority.STEP,
-        max_reply: int = 0,
-    ) -> Reply:
-        """Ask; if the connection breaks, ask once more over a new one: every request here is safe to repeat."""
-        connection = await self._node.connect(hop.peer)
+    async def _send(self, send: Send, following: Sequence[Send] = ()) -> None:
+        started = trio.current_time()
+        scope = trio.CancelScope(deadline=started + limits.PIECE_SECONDS)
+
+        def look(head: Mapping[str, Any]) -> None:
+            if self._worth_leaving(send, trio.current_time() - started):
+                scope.cancel()
+
+        with scope:
+            try:
+                inputs = self._pipeline.inputs(send)
+                outcome = await self._calls.step(send, inputs, self._pad, following, look)
+            except trio.Cancelled:
+                self._pipeline.cut_off(send)
+                raise
+            self._took(send, outcome)
+            self._note_seconds(send, trio.current_time() - started)
+            return
+        self._judge.avoid(send.hop.peer, SLOW_AVOID_SECONDS, trio.current_time())
+        self._lose(send.hop, f"too slow: {trio.current_time() - started:.1f} s for one step", ban=False)
+
+    def _took(self, send: Send, outcome: Outcome) -> None:
+        self._pipeline.replied(send, outcome.output)
+        send.hop.draining = outcome.draining
+        self._judge.succeeded(send.hop.peer)
+        self._node.succeeded(send.hop.peer)
+
+    def _note_seconds(self, send: Send, seconds: float) -> None:
+        if send.end - send.start == 1:
+            usual = self._step_seconds.get(send.hop.peer, seconds)
+            self._step_seconds[send.hop.peer] = usual + 0.2 * (seconds - usual)
+
+    def _worth_leaving(self, send: Send, seconds: float) -> bool:
+        """Whether a server that is merely busy should be left for a clearly faster one."""
+        if seconds < max(SLOW_SECONDS, 4 * self._step_seconds.get(send.hop.peer, 0.0)):
+            return False
+        left = max(1, self._pipeline.max_len - self._pipeline.target)
+        return self._planner.much_faster(send.hop, seconds, send.end - send.start, send.end, left)
+
+    # Planning
+
+    async def _plan(self, action: Plan) -> None:
+        """Give the gap to the best servers; while there are none, to the one that is leaving, or wait."""
+        pipeline = self._pipeline
+        tokens = pipeline.batch * max(pipeline.max_len, pipeline.target)
+        route = self._planner.find(action.blocks, tokens)
+        if not isinstance(route, Route):
+            displaced = pipeline.restore(action.blocks)
+            if displaced is not None:
+                self._leftover += displaced
+                self._hand_over_at = trio.current_time() + HAND_OVER_SECONDS
+                return
+            if self._lost:
+                self._notice(f"{self._take_lost()}, waiting for another server of blocks {action.blocks}")
+            route = await self._planner.wait(action.blocks, tokens, lambda: self._release_behind(action.blocks.end))
+        self._planner.settle_class(route)
+        made = pipeline.assign([(hop.peer, hop.blocks) for hop in route.hops], self._planner.pushing())
+        names = ", ".join(str(hop) for hop in made)
+        if pipeline.position:
+            self._notice(
+                ", ".join(filter(None, [self._take_lost(), f"replaying {pipeline.position} tokens on {names}"]))
+            )
+        elif self._lost:
+            self._notice(f"{self._take_lost()}, taking {names}")
+
+    def _take_lost(self) -> str:
+        lost, self._lost = self._lost, []
+        return "; ".join(lost)
+
+    def _release_behind(self, block: int) -> None:
+        """Give up cache room behind `block`: others may wait for it while they hold what we wait for."""
+        for hop in [hop for hop in self._pipeline.hops if hop.blocks.start >= block]:
+            self._pipeline.lost(hop)
+            self._leftover.append(hop)
+
+    def _hand_over(self) -> None:
+        """Let others take over from servers that are leaving, if there are any; the old ones stay at hand meanwhile."""
+        if not any(hop.draining for hop in self._pipeline.hops) or trio.current_time() < self._hand_over_at:
+            return
+        self._hand_over_at = trio.current_time() + HAND_OVER_SECONDS
+        for hop in [hop for hop in self._pipeline.hops if hop.draining and hop.state is HopState.OPEN]:
+            self._judge.avoid(hop.peer, HAND_OVER_SECONDS, trio.current_time())
+            if isinstance(self._planner.find(hop.blocks, self._pipeline.batch * hop.max_len), Route):
+                self._pipeline.retire(hop)
+                self._lost.append(f"peer {hop} is leaving")
+
+    # Pushing
+
+    async def _push(self, action: Push) -> None:
+        """One step through a row of hops: asked of the first, awaited at the others.
+
+        A hop that does not get it in time, and those behind it, are served by ourselves afterwards: the same step
+        sent twice is done once.
+        """
+        scopes = [trio.CancelScope() for _ in action.sends]
+        async with open_flat_nursery() as nursery:
+            for i in range(len(scopes)):
+                nursery.start_soon(self._push_part, action.sends, scopes, i)
+        if all(not scope.cancelled_caught for scope in scopes):
+            self._push_pause = PUSH_OFF_SECONDS[0]
+
+    async def _push_part(self, sends: Sequence[Send], scopes: Sequence[trio.CancelScope], i: int) -> None:
+        send, done = sends[i], False
+        with scopes[i]:
+            if i == 0:
+                done = await self._attempt(send.hop, "step", lambda: self._send(send, sends[1:]))
+                done = done and send.hop.state is HopState.OPEN
+            else:
+                done = await self._attempt(send.hop, "await", lambda: self._await_pushed(send, scopes[i]))
+        if done and i + 1 < len(sends):
+            usual = self._step_seconds.get(sends[i + 1].hop.peer, PUSH_SECONDS)
+            scopes[i + 1].deadline = trio.current_time() + PUSH_SECONDS + 3 * usual
+        elif not done:
+            self._push_at = trio.current_time() + self._push_pause
+            self._push_pause = min(2 * self._push_pause, PUSH_OFF_SECONDS[1])
+            for scope in scopes[i + 1 :]:
+                scope.cancel()
+
+    async def _await_pushed(self, send: Send, scope: trio.CancelScope) -> None:
         try:
-            return await self._ask(connection, method, head, body, priority, max_reply)
-        except PeerLost as error:
-            log.debug("%s: %s; trying a new connection", hop, error)
-        connection = await self._node.connect(hop.peer)
-        return await self._ask(connection, method, head, body, priority, max_reply)
-
-    async def _ask(
-        self,
-        connection: PeerConnection,
-        method: str,
-        head: dict[str, object],
-        body: Sequence[memoryview],
-        priority: Priority,
-        max_reply: int,
-    ) -> Reply:
-        return await connection.request(method, head, body, priority=priority, max_reply=max_reply)
+            self._took(send, await self._calls.await_pushed(send))
+        except trio.Cancelled:
+            if not scope.cancel_called:  # by our caller: what follows may be another step
+                self._pipeline.cut_off(send)
+            raise
 
     # Judging
 
-    def _refused(self, hop: Hop, error: RequestError) -> None:
-        """A forgotten session is opened anew; what two peers call our fault propagates; the rest costs the hop."""
-        if error.code in _OWN_FAULT:
-            if self._accused_by not in (None, hop.peer):
-                raise error
-            self._accused_by = hop.peer
-        if error.code in _FORGOTTEN and self._forgotten.get(hop.peer, 0) < 2:
-            self._forgotten[hop.peer] = self._forgotten.get(hop.peer, 0) + 1
-            if self._pipeline.position:
+    async def _refused(self, hop: Hop, method: str, error: RequestError) -> None:
+        """The server answered with an error: wait, open anew, or let others do it."""
+        if method == "await":
+            log.debug("%s: %s; sending the step ourselves", hop, error)
+            return
+        verdict = self._judge.refused(hop.peer, method, error, trio.current_time())
+        if verdict is Verdict.AGAIN:
+            await trio.sleep(min(retry_after(error.detail, 0.1), limits.ROOM_SECONDS))
+        elif verdict is Verdict.REOPEN:
+            if hop.position:
                 self._notice(f"peer {hop} has dropped the session, replaying {hop.position} tokens there")
             self._pipeline.forgotten(hop)
-            return
-        self._lose(hop, error.text)
+        else:
+            self._lose(hop, error.text, ban=verdict is Verdict.BAN)
 
-    def _lose(self, hop: Hop, why: str) -> None:
-        self._failures.append(f"{hop}: {why}")
-        self._node.failed(hop.peer)
-        self._pipeline.lost(hop)
-        if hop.opened:
+    def _lose(self, hop: Hop, why: str, *, ban: bool) -> None:
+        self._judge.note(f"{hop}: {why}")
+        if ban:
+            self._planner.failed(hop.peer)
+        if hop.state is not HopState.NEW:
             self.failovers += 1
+            self._lost.append(f"peer {hop} lost ({why})")
             if self._lost_at is None:
                 self._lost_at = trio.current_time()
-            self._notice(f"peer {hop} lost: {why}")
+        self._pipeline.lost(hop)
+        self._leftover = [*self._leftover[-63:], hop]

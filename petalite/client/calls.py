@@ -1,0 +1,190 @@
+"""The requests of spec 07 to one hop: what is asked, and what counts as an answer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import trio
+from torch import Tensor
+
+from petalite import bridge, limits
+from petalite.client.hop import Hop
+from petalite.client.pipeline import Send
+from petalite.errors import PeerLost, PeerUnreachable, RequestError
+from petalite.net.connection import OnProgress, PeerConnection, Reply
+from petalite.swarm.node import Node
+from petalite.wire import messages
+from petalite.wire.tensors import Descriptor, encoded_size
+from petalite.wire.writer import Priority
+
+log = logging.getLogger("petalite.client")
+
+# Below this a lost connection may have been closed for idleness or broken on its way; a peer silent for longer is
+# dead, and dialling it again would only cost the same time once more.
+_REDIAL_BEFORE_SECONDS = limits.DEAD_AFTER_SECONDS - 2 * limits.TICK_SECONDS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """What all hops of a session agree on: `dtype` and `codec` are those of the activations on the wire."""
+
+    model: bytes
+    layers: int
+    hidden: int
+    batch: int
+    dtype: str
+    codec: str
+
+    def descriptor(self, tokens: int) -> Descriptor:
+        """Of the activations of so many tokens a row."""
+        return Descriptor("h", self.dtype, (self.batch, tokens, self.hidden), self.codec)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A step's output (B, T, C), and whether the server asks us to move on."""
+
+    output: Tensor
+    draining: bool
+
+
+class Calls:
+    """Each raises RequestError (the server said so), PeerLost or HandshakeError (it is gone, or answered what it must
+    not); LocalProtocolError is our own mistake.
+    """
+
+    def __init__(self, node: Node, terms: Terms) -> None:
+        self._node = node
+        self._terms = terms
+
+    async def open(self, hop: Hop) -> None:
+        terms = self._terms
+        message = messages.Open(
+            sid=hop.sid,
+            model=terms.model,
+            blocks=(hop.blocks.start, hop.blocks.end),
+            max_len=hop.max_len,
+            batch=terms.batch,
+            dtype=terms.dtype,
+            codec=terms.codec,
+            from_=None if hop.source is None else bytes(hop.source),
+            wait=True,
+        )
+        _parse(messages.OpenReply, await self._request(hop, "open", message.to_wire()))
+
+    async def extend(self, hop: Hop, max_len: int) -> int:
+        """The cache's length now, in tokens."""
+        message = messages.Extend(sid=hop.sid, max_len=max_len)
+        reply = _parse(messages.ExtendReply, await self._request(hop, "extend", message.to_wire()))
+        if reply.max_len < max_len:
+            raise PeerLost(f"extended the session to {reply.max_len} tokens, asked were {max_len}")
+        return reply.max_len
+
+    async def status(self, hop: Hop) -> tuple[int, int]:
+        """The number of the next step, and the position."""
+        reply = await self._request(hop, "status", messages.Status(sid=hop.sid).to_wire())
+        status = _parse(messages.StatusReply, reply)
+        return status.n, status.pos
+
+    async def step(
+        self,
+        send: Send,
+        inputs: Tensor,
+        pad: Sequence[int] | None,
+        following: Sequence[Send] = (),
+        on_progress: OnProgress | None = None,
+    ) -> Outcome:
+        """Run one step. `following`: the same step of the hops that the output is to be pushed through."""
+        descriptor, body = bridge.to_wire(inputs, self._terms.dtype, self._terms.codec)
+        message = messages.Step(
+            sid=send.hop.sid,
+            n=send.n,
+            pos=send.start,
+            hypo=send.reorder,
+            pad=None if pad is None else tuple(pad),
+            next=_next(send, following),
+            tensors=(descriptor,),
+        )
+        short = inputs.shape[0] * inputs.shape[1] <= limits.SHORT_STEP_TOKENS
+        reply = await self._request(
+            send.hop,
+            "step",
+            message.to_wire(),
+            body,
+            priority=Priority.STEP if short else Priority.BULK,
+            max_reply=encoded_size(descriptor),
+            on_progress=on_progress,
+        )
+        return _check_step(send, descriptor, reply)
+
+    async def await_pushed(self, send: Send) -> Outcome:
+        """The output of a step that the hop before brings."""
+        descriptor = self._terms.descriptor(send.end - send.start)
+        message = messages.Await(sid=send.hop.sid, n=send.n)
+        reply = await self._request(send.hop, "await", message.to_wire(), max_reply=encoded_size(descriptor))
+        return _check_step(send, descriptor, reply)
+
+    async def close(self, hop: Hop) -> None:
+        """Tell the server that it may forget, if there is a connection; silent about one that is gone."""
+        connection = self._node.endpoint.connections.get(hop.peer)
+        if connection is None or connection.leaving:
+            return
+        try:
+            await connection.request("close", messages.Close(sid=hop.sid).to_wire())
+        except (PeerLost, RequestError) as error:
+            log.debug("closing at %s: %s", hop, error)  # it forgets by itself
+
+    # The way there
+
+    async def _request(
+        self, hop: Hop, method: str, head: Mapping[str, Any], body: Sequence[memoryview] = (), **options: Any
+    ) -> Reply:
+        """Ask; if the connection breaks, ask once more over a new one: every request here is safe to repeat."""
+        connection = await self._connect(hop)
+        started = trio.current_time()
+        try:
+            return await connection.request(method, head, body, **options)
+        except PeerLost as error:
+            if trio.current_time() - started > _REDIAL_BEFORE_SECONDS:
+                raise
+            log.debug("%s: %s; trying a new connection", hop, error)
+        connection = await self._connect(hop)
+        return await connection.request(method, head, body, **options)
+
+    async def _connect(self, hop: Hop) -> PeerConnection:
+        with trio.move_on_after(limits.DIAL_SECONDS):
+            return await self._node.connect(hop.peer)
+        raise PeerUnreachable(f"no connection within {limits.DIAL_SECONDS:.0f} s")
+
+
+def _next(send: Send, following: Sequence[Send]) -> tuple[messages.Hop, ...] | None:
+    if not following:
+        return None
+    same = all(other.n == send.n for other in following)  # unless a server was replaced on the way
+    return tuple(
+        messages.Hop(peer=bytes(other.hop.peer), sid=other.hop.sid, n=None if same else other.n) for other in following
+    )
+
+
+def _parse(kind: type[messages.M], reply: Reply) -> messages.M:
+    try:
+        return kind.from_wire(dict(reply.head))
+    except RequestError as error:
+        raise PeerLost(f"answered wrongly: {error.text}") from error
+
+
+def _check_step(send: Send, due: Descriptor, reply: Reply) -> Outcome:
+    """The output, if the reply is what was asked for (PT-SES-029)."""
+    answer = _parse(messages.StepReply, reply)
+    tensor = answer.tensors[0]
+    if (answer.n, answer.pos) != (send.n, send.end):
+        raise PeerLost(f"answered step {answer.n} at {answer.pos}, asked was {send.n} at {send.end}")
+    if (tensor.dtype, tensor.codec, tensor.shape) != (due.dtype, due.codec, due.shape):
+        raise PeerLost(f"answered a tensor of {tensor.shape} {tensor.dtype}, not {due.shape} {due.dtype}")
+    try:
+        return Outcome(bridge.from_wire(tensor, reply.body[0]), bool(answer.drain))
+    except RequestError as error:
+        raise PeerLost(f"answered wrongly: {error.text}") from error
