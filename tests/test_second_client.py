@@ -1,0 +1,111 @@
+"""The JavaScript client: its own tests, its codecs against numpy's, its tokens against transformers'."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from petalite.identity import SwarmKey
+from petalite.wire import tensors
+from tools.clients import compare
+
+JS = compare.CLIENT
+SOURCES = sorted([*JS.glob("lib/*.mjs"), *JS.glob("node_modules/@noble/*/**/*.js")])
+IMPORT = re.compile(r"""^(?:import|export)\b[^;]*?from\s+["']([^"']+)["']|\bimport\(\s*["']([^"']+)["']""", re.M)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(JS).as_posix())
+def test_nothing_but_the_shell_needs_node(path: Path) -> None:
+    source = path.read_text(encoding="utf-8")
+    targets = {one or other for one, other in IMPORT.findall(source)}
+    assert all(target.startswith(("./", "../", "@noble/")) for target in targets), targets
+    if path.parent.name == "lib":
+        assert not re.search(r"\b(process|Buffer|require|__dirname)\b[.(]", source)
+
+
+def test_vendored_files_are_those_published_and_locked() -> None:
+    listed = dict(reversed(line.split()) for line in (JS / "vendored.sha256").read_text().splitlines())
+    assert listed == {name: hashlib.sha256((JS / "node_modules" / name).read_bytes()).hexdigest() for name in listed}
+    lock = json.loads((JS / "package-lock.json").read_text())["packages"]
+    wanted = json.loads((JS / "package.json").read_text())["dependencies"]
+    for name, version in wanted.items():
+        entry = lock[f"node_modules/{name}"]
+        assert (
+            entry["version"]
+            == version
+            == json.loads((JS / "node_modules" / name / "package.json").read_text())["version"]
+        )
+        assert entry["integrity"].startswith("sha512-")
+        assert "resolved" not in entry, "a lock names no registry"
+        assert f"{name}/LICENSE" in listed
+
+
+def codec_cases() -> list[dict[str, object]]:
+    """Float32 values, the body that numpy's codecs make of them, and what these decode it to."""
+    draw = np.random.default_rng(5)
+    made: list[dict[str, object]] = []
+    for dtype in ("f32", "f16", "bf16"):
+        for codec in tensors.CODECS:
+            for shape in ((1, 1, 64), (1, 3, 100), (2, 2, 130), (5,)):
+                # many magnitudes, subnormals of the narrow types and of the scale among them
+                power = (
+                    2.0 ** draw.integers(-30, 14, shape) if dtype == "f16" else 2.0 ** draw.integers(-140, 60, shape)
+                )
+                values = (draw.standard_normal(shape) * power).astype(np.float32)
+                narrow = tensors._narrow(values, dtype)
+                body = b"".join(tensors.encode(narrow, codec))
+                descriptor = tensors.describe("h", narrow, codec)
+                output = tensors._widen(tensors.decode(descriptor, body), dtype)
+                fields = {"input": values.tobytes(), "body": body, "output": np.ascontiguousarray(output).tobytes()}
+                made.append(
+                    {"dtype": dtype, "codec": codec, "shape": shape} | {key: data.hex() for key, data in fields.items()}
+                )
+    return made
+
+
+def test_its_own_tests_pass(tmp_path: Path) -> None:
+    cases = tmp_path / "cases.json"
+    cases.write_text(json.dumps(codec_cases()))
+    files = sorted(map(str, JS.glob("test/*.test.mjs")))
+    done = subprocess.run(
+        [compare.node(), "--test", "--test-reporter=tap", *files],
+        env={"PETALITE_CODEC_CASES": str(cases)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout[-8_000:]
+    counts = dict(re.findall(r"^# (pass|fail|skipped) (\d+)$", done.stdout, re.M))
+    assert int(counts["pass"]) >= 40 and counts["fail"] == counts["skipped"] == "0", counts
+
+
+def test_its_tokens_are_the_reference_s(tmp_path: Path) -> None:
+    key = tmp_path / "swarm.key"
+    SwarmKey.generate().save(key)
+    prompt = [5, 100, 200, 7]
+    [reference] = compare.by_transformers([prompt], 24)
+    with compare.servers(swarm_key=key) as addresses:
+        for wire, close in compare.CLOSE.items():
+            ours = compare.by_javascript(addresses, prompt, 24, wire, key)
+            assert compare.agreement(ours, reference, close), (wire, ours.tokens, reference.tokens)
+            if wire == "f32":
+                assert ours.tokens == reference.tokens
+        with pytest.raises(RuntimeError, match="other network or other key"):
+            compare.by_javascript(addresses, prompt, 1, "f32")  # without the key nobody gets in
+
+
+def test_agreement_ends_at_a_close_choice_and_fails_before_it() -> None:
+    def made(tokens: list[int], margins: list[float]) -> compare.Continuation:
+        return compare.Continuation(tokens, margins)
+
+    theirs = made([1, 2, 3], [1.0, 0.01, 1.0])
+    assert compare.agreement(made([1, 2, 3], []), theirs, 0.0) == 3
+    assert compare.agreement(made([1, 9, 9], []), theirs, 0.02) == 1
+    assert compare.agreement(made([9, 2, 3], []), theirs, 0.02) is None
+    assert compare.agreement(made([1, 2, 9], []), theirs, 0.0) is None

@@ -1,0 +1,46 @@
+// Whose fault it is, in the type.
+
+/** The peer broke the protocol: its connection ends with GOAWAY(`code`). */
+export class ProtocolError extends Error {
+  /** @param {string} text @param {number} [code] a GOAWAY code */
+  constructor(text, code = GOAWAY.protocol) {
+    super(text);
+    this.name = "ProtocolError";
+    this.code = code;
+  }
+}
+
+/** The handshake failed; the connection is closed without a word. */
+export class HandshakeError extends Error {
+  /** @param {string} text */
+  constructor(text) {
+    super(text);
+    this.name = "HandshakeError";
+  }
+}
+
+/** One request failed: the peer answered ERR, or its reply broke a rule. */
+export class RequestError extends Error {
+  /** @param {number} code an ERR code @param {string} text @param {Map<string, any>} [detail] */
+  constructor(code, text, detail = new Map()) {
+    super(text);
+    this.name = "RequestError";
+    this.code = code;
+    this.detail = detail;
+  }
+}
+
+/** The connection ended; what was asked may or may not have been done. */
+export class PeerLost extends Error {
+  /** @param {string} text */
+  constructor(text) {
+    super(text);
+    this.name = "PeerLost";
+  }
+}
+
+/** Codes of GOAWAY. */
+export const GOAWAY = Object.freeze({ normal: 0, protocol: 1, frame: 2, decrypt: 3 });
+
+/** Codes of ERR that this client acts on or sends. */
+export const ERR = Object.freeze({ badRequest: 1, unsupported: 2, resources: 9, internal: 15, tensor: 16 });
