@@ -140,15 +140,18 @@ class Connection:
     def send_goaway(self, code: GoAwayCode, text: str = "") -> None:
         """Say that no further request of the peer is taken; what is open may finish."""
         if self._ours is not DirectionState.LEAVING:
-            self._ours = DirectionState.LEAVING
-            self._replier.accepting = False
-            text = text.encode(errors="replace").decode()[: limits.MAX_GOAWAY_TEXT]
-            self.writer.control(frames.encode(frames.GoAway(code, self._replier.last_taken, text)))
+            self._write_goaway(code, text)
             self._requester.fail_unsent(PeerUnreachable("the connection is closing"))
+
+    def _write_goaway(self, code: GoAwayCode, text: str) -> None:
+        self._ours = DirectionState.LEAVING
+        self._replier.accepting = False
+        text = text.encode(errors="replace").decode()[: limits.MAX_GOAWAY_TEXT]
+        self.writer.control(frames.encode(frames.GoAway(code, self._replier.last_taken, text)))
 
     def fail(self, error: RemoteProtocolError) -> None:
         """The peer broke the protocol: GOAWAY is left in the writer, and nothing else of it comes out any more."""
-        self.send_goaway(error.code, str(error))
+        self._write_goaway(error.code, str(error))
         self.lost(f"the peer broke the protocol: {error}")
 
     def lost(self, reason: str) -> None:
