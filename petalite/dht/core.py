@@ -111,10 +111,8 @@ class Core:
         self._quiet: set[int] = set()  # operations whose end interests nobody
         self._checking: set[int] = set()  # peers that are being pinged
         self._seeds: tuple[Contact, ...] = ()
-        self._rejoin_at = float("inf")
         self._rejoin_wait = 0.0
-        self._tick_at = float("inf")
-        self._sample_at = float("inf")
+        self._rejoin_at = self._tick_at = self._sample_at = float("inf")
         self._out: list[Ask | Done] = []
 
     def take(self) -> list[Ask | Done]:

@@ -107,6 +107,7 @@ def test_stranger_enters_the_table_only_as_somebody_who_can_be_dialled() -> None
 
 
 def test_asker_is_not_told_of_itself() -> None:
+    """PT-DHT-020"""
     core = make(1)
     for i in range(2, 30):
         core.handle(0.0, peer(i), Ping(addrs=(f"{host_of(i)}:1",)))
@@ -127,7 +128,7 @@ def test_named_contacts_are_not_passed_on_before_they_were_met() -> None:
 
 
 def test_loopback_contacts_are_for_loopback_askers_and_lan_mode() -> None:
-    """D05"""
+    """PT-DHT-012, PT-DHT-015, D05"""
     lan = make(1, config=Config(NET, lan=True))
     lan.handle(0.0, Peer(peer(2).id, "127.0.0.1"), Ping(addrs=("127.0.0.1:5",)))
     inside = lan.handle(0.0, Peer(peer(3).id, "127.0.0.1"), FindNode(target=KEY))
@@ -179,6 +180,7 @@ def test_flood_of_bad_and_superfluous_records_leaves_honest_askers_served() -> N
 
 
 def test_seeds_of_several_joins_are_all_tried_again() -> None:
+    """PT-DHT-055"""
     core = make(1)
     for i in (2, 3):
         core.join(0.0, [contact_of(make(i))])
@@ -202,6 +204,7 @@ def test_keys_that_do_not_solve_the_puzzle_stay_out() -> None:
 
 
 def test_store_answers_each_record_with_its_code() -> None:
+    """PT-REC-020"""
     core = make(1)
     owner = identity(2)
     good = make_record(
@@ -217,7 +220,7 @@ def test_store_answers_each_record_with_its_code() -> None:
 
 
 def test_forged_tombstone_removes_nothing() -> None:
-    """D27"""
+    """PT-REC-005, D27"""
     core = make(1)
     owner, thief = identity(2), identity(3)
     times = {"seq": EPOCH, "exp": EPOCH + 9000}
@@ -246,6 +249,7 @@ def test_node_far_from_a_key_does_not_take_it() -> None:
 
 
 def test_value_written_by_one_is_read_by_all_and_gone_after_withdrawal() -> None:
+    """PT-DHT-058, PT-REC-016, PT-REC-031"""
     swarm, cores = grown(12)
     written = cores[3].publish(1.0, KEY, {"span": [0, 4]})
     swarm.settle(1.0)
@@ -283,7 +287,7 @@ def test_signature_of_a_record_is_checked_once_and_its_times_each_time() -> None
 
 
 def test_publishers_of_one_key_do_not_hide_each_other() -> None:
-    """More of them than fit on two pages: every page is asked for."""
+    """PT-DHT-029, PT-REC-015: more of them than fit on two pages: every page is asked for."""
     swarm, cores = grown(25)
     for core in cores:
         core.publish(1.0, KEY, {})
@@ -312,6 +316,7 @@ def test_publication_is_repeated_before_a_third_of_its_expiry_and_not_after_leav
 
 
 def test_publication_that_nobody_took_is_offered_again_soon() -> None:
+    """PT-REC-032"""
     alone = make(1)
     alone.publish(0.0, KEY, {})
     assert [type(effect) for effect in alone.take()] == [Done]
@@ -319,6 +324,7 @@ def test_publication_that_nobody_took_is_offered_again_soon() -> None:
 
 
 def test_absence_without_three_answers_is_no_quorum() -> None:
+    """PT-DHT-054"""
     swarm, cores = grown(30)
     swarm.deaf = {contact_of(core).id for core in cores[1:]}
     read = cores[0].read(1.0, KEY)
@@ -369,6 +375,7 @@ def test_peer_that_answers_lookups_but_never_reads_is_dropped() -> None:
 
 
 def test_endless_pages_end() -> None:
+    """PT-DHT-031"""
     core = make(1)
     core.handle(0.0, peer(2), Ping(addrs=(f"{host_of(2)}:1",)))
     core.connected = lambda peer_id: True
@@ -403,6 +410,7 @@ def test_silence_is_first_slow_then_failure() -> None:
 
 
 def test_join_that_nobody_answers_is_tried_again_with_rising_waits() -> None:
+    """PT-DHT-056"""
     core = make(1)
     core.join(0.0, [contact_of(make(2))])
     tries, now = [], 0.0

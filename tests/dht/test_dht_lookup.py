@@ -137,6 +137,7 @@ def test_reply_is_read_up_to_k_contacts_and_own_id_is_never_asked() -> None:
 
 
 def test_open_connections_come_first_among_equals_only() -> None:
+    """PT-DHT-039"""
     near, far_open, far_shut = contact(1), contact(0b1011), contact(0b1000)
     lookup = Lookup(0, OWN, [near, far_open, far_shut], alpha=1, connected=lambda i: i == far_open.id)
     assert lookup.next() == [near]
@@ -200,13 +201,14 @@ def test_disjoint_paths_do_not_share_what_one_of_them_heard() -> None:
 
 
 def test_region_is_asked_to_its_edge() -> None:
-    """PT-DHT-051"""
+    """PT-DHT-050"""
     peers = [contact(n) for n in range(1, 100)]
     asked = drive(Lookup(0, OWN, peers, within=60), lambda n: [], random.Random(1))
     assert sorted(asked) == list(range(1, 61))
 
 
 def test_lookup_is_bounded_whatever_is_named() -> None:
+    """PT-DHT-040"""
     rng = random.Random(5)
 
     def answer(n: int) -> list[Contact]:

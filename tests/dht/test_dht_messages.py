@@ -115,14 +115,14 @@ def test_bad_reply_is_a_breach(request_: Request, fields: dict[str, Any]) -> Non
 
 
 def test_contacts_beyond_k_are_cut_and_noted() -> None:
-    """D03"""
+    """PT-DHT-027, D03"""
     named = [{"id": i.to_bytes(32, "big"), "addrs": ["8.8.8.8:1"]} for i in range(1000)]
     reply = reply_from_map(ASK, {"contacts": named})
     assert isinstance(reply, Nodes) and len(reply.contacts) == DHT_K and reply.excess
 
 
 def test_contact_that_makes_no_sense_is_left_out_without_the_rest() -> None:
-    """D05"""
+    """PT-DHT-014, D05"""
     bad = ["name:1", "8.8.8.8:70000", "[fe80::1%eth0]:1", "8.8.8.8"]
     named = [{"id": bytes([i]) * 32, "addrs": [text]} for i, text in enumerate(bad)]
     named += [{"id": b"\x55" * 32, "addrs": []}, {"id": ID, "addrs": ["8.8.8.8:31337"], "new": 1}]
@@ -130,6 +130,7 @@ def test_contact_that_makes_no_sense_is_left_out_without_the_rest() -> None:
 
 
 def test_the_largest_reply_fits_a_head() -> None:
+    """PT-DHT-028"""
     long = tuple(f"[2a00:1450:4001:82f:ffff:ffff:ffff:{i:04x}]:65535" for i in range(0xEEEE, 0xEEF2))
     contacts = tuple(Contact(bytes([i]) * 32, long) for i in range(DHT_K))
     reply = Values(records=(b"\0" * 1064,) * 10, contacts=contacts, cursor=ID)

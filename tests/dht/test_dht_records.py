@@ -136,6 +136,7 @@ def test_times_are_judged_to_the_millisecond_and_never_clamped(seq: int, exp: in
 
 
 def test_newer_is_the_higher_number_in_either_order() -> None:
+    """PT-REC-015"""
     old, new = read_record(signed(seq=1), NET), read_record(signed(seq=2, val=None), NET)
     assert newer(old, new) is new is newer(new, old)
     twin = read_record(signed(seq=2), NET)

@@ -114,6 +114,7 @@ def test_among_singles_only_the_stale_make_room() -> None:
 
 
 def test_pages_cover_everything_once_in_the_order_of_publishers() -> None:
+    """PT-DHT-030"""
     store = RecordStore(0)
     for i in range(25):
         store.put(record(publisher=i * 7 % 25), NET_A, NOW)

@@ -94,7 +94,7 @@ def eclipse(sybils: int) -> float:
 
 
 def test_more_sybils_than_k_do_not_hide_a_value(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PT-DHT-050 to -052, with the control: without regions the same attack hides every value."""
+    """PT-DHT-050, PT-DHT-052, PT-REC-021, with the control: without regions the same attack hides every value."""
     assert eclipse(24) == 1.0
     monkeypatch.setattr(Knowledge, "radius", lambda self, now: 0)
     monkeypatch.setattr(RegionSearch, "crowded", False)
@@ -102,6 +102,7 @@ def test_more_sybils_than_k_do_not_hide_a_value(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_size_is_estimated_within_a_factor_of_two() -> None:
+    """PT-DHT-051"""
     network = Network(4)
     members = scenarios.grow(network, 150, quiet=1500.0)
     sizes = sorted(node.core.known.size(network.now) for node in members)
@@ -109,6 +110,7 @@ def test_size_is_estimated_within_a_factor_of_two() -> None:
 
 
 def test_crowding_one_key_does_not_move_the_estimate_of_its_neighbours() -> None:
+    """PT-DHT-051"""
     network = Network(6)
     members = scenarios.grow(network, 120, quiet=1500.0)
     key = bytes(32)
