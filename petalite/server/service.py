@@ -9,9 +9,11 @@ from __future__ import annotations
 import dataclasses
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import trio
@@ -22,14 +24,14 @@ from petalite.bloom.loading import load_span
 from petalite.bloom.manifest import Manifest
 from petalite.bloom.span import Span as BloomSpan
 from petalite.dht.ids import model_key, models_key
-from petalite.errors import ErrorCode, HandshakeError, PeerLost, PetaliteError, RequestError
+from petalite.errors import ErrorCode, HandshakeError, PeerLost, PeerUnreachable, PetaliteError, RequestError
 from petalite.identity import Address, PeerId
 from petalite.net.call import Call, Handler, Reply
 from petalite.server.blockserver import BlockServer
-from petalite.server.executor import ThreadRunner
+from petalite.server.executor import ThreadRunner, run_in_thread
 from petalite.server.measure import estimate_rates
 from petalite.server.threads import CountedThreads, best_threads
-from petalite.swarm.directory import server_info
+from petalite.swarm.directory import place_of, server_info
 from petalite.swarm.node import Node
 from petalite.swarm.placement import (
     CHECK_SECONDS,
@@ -45,13 +47,18 @@ from petalite.swarm.placement import (
 from petalite.swarm.probe import answer_probe, measure_line
 from petalite.swarm.snapshot import ServerInfo, Snapshot, Span
 from petalite.wire import messages
+from petalite.wire.frames import Buffer
+from petalite.wire.writer import Priority
 
 log = logging.getLogger("petalite.server")
+
+T = TypeVar("T")
 
 ANNOUNCE_SECONDS = 120.0
 # On a LAN news is there in a breath: others are asked every two seconds.
 LAN_LOOK_SECONDS = 2.0
 LAN_SETTLE_SECONDS = 3.0
+LOOK_AGAIN_SECONDS = 5.0
 MOVE_DRAIN_SECONDS = 60.0
 ASSUMED_LINE = 1e8
 
@@ -113,6 +120,7 @@ class Service:
         self._line = ASSUMED_LINE
         self._nursery: trio.Nursery | None = None
         self._announce_now = trio.Event()
+        self._look_again_at = 0.0
         methods = ("manifest", "open", "step", "extend", "status", "close", "await", "push", "forward", "backward")
         self.methods: dict[str, Handler] = dict.fromkeys(methods, self._dispatch)
         self.methods["info"] = self._info
@@ -161,11 +169,7 @@ class Service:
             net_rate=max(1, int(self._line)),
             push=options.push and base.push,
             next_hops=self._next_hops(),
-            addrs=tuple(
-                f"[{a.host}]:{a.port}" if ":" in a.host else f"{a.host}:{a.port}"
-                for a in self.addresses[: limits.MAX_ANNOUNCED_ADDRESSES]
-                if "%" not in a.host
-            ),
+            addrs=tuple(place_of(a) for a in self.addresses if "%" not in a.host)[: limits.MAX_ANNOUNCED_ADDRESSES],
         )
 
     def _describe_coming(self, span: Span) -> messages.InfoReply:
@@ -206,11 +210,12 @@ class Service:
         node.directory.watch(self.options.manifest.model_id, config.n_layer, config.hidden_size)
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
+            nursery.start_soon(self._announce_forever)
             if self._span is None:
                 self._span = await self._choose()
             self.current = await self._load(self._span)
             self._state = "online"
-            nursery.start_soon(self._announce_forever)
+            self._announce_now.set()
             task_status.started(self.current)
             if self.options.blocks is None:
                 nursery.start_soon(self._balance_forever)
@@ -220,9 +225,7 @@ class Service:
     async def _choose(self) -> Span:
         """By `choose_span`'s procedure; alone in the world there is nothing to wait for."""
         options, directory = self.options, self.node.directory
-        self._rates = await trio.to_thread.run_sync(
-            estimate_rates, options.config, options.dtype, options.device, abandon_on_cancel=True
-        )
+        self._rates = await self._blocking(partial(estimate_rates, options.config, options.dtype, options.device))
         await self._look_around()
         await self._measure_line()
         choice = self._choice(None)
@@ -283,7 +286,7 @@ class Service:
             )
             return loaded, *best_threads(loaded, options.threads)
 
-        blocks, threads, self._rates = await trio.to_thread.run_sync(read, abandon_on_cancel=True)
+        blocks, threads, self._rates = await self._blocking(read)
         server = BlockServer(
             blocks,
             options.manifest,
@@ -293,10 +296,51 @@ class Service:
             idle_seconds=options.idle_seconds,
             runner=self._runner or CountedThreads(threads),
         )
+        if options.push:
+            server.pusher.enable(self.node.endpoint.peer_id, self._send_push)
         if self._nursery is None:
             raise PetaliteError("the service is not running")
         await self._nursery.start(server.run)
         return server
+
+    async def _blocking(self, function: Callable[[], T]) -> T:
+        """Run what takes long off the event loop."""
+        results: list[T] = []
+        await (self._runner or run_in_thread)(lambda: results.append(function()))
+        return results[0]
+
+    # Pushing to the next hop
+
+    async def _send_push(
+        self, peer: PeerId, method: str, head: Mapping[str, Any], body: Sequence[Buffer], priority: Priority, /
+    ) -> None:
+        """Over the connection that is there, or one dialled to where the peer itself says it is (PT-SES, push)."""
+        connection = self.node.endpoint.connections.get(peer)
+        if connection is None or connection.leaving:
+            addresses = self._proven_addresses(peer)
+            if not addresses:
+                await self._look_for_servers()
+                addresses = self._proven_addresses(peer)
+            if not addresses:
+                raise PeerUnreachable(f"no address is known for peer {peer.short}..")
+            connection = await self.node.endpoint.connect(*addresses)
+        await connection.request(method, head, body, priority=priority)
+
+    def _proven_addresses(self, peer: PeerId) -> list[Address]:
+        """What the peer's own record or answer names; never a client's word."""
+        entry = self.node.directory.entries.get(peer)
+        if entry is None or entry.info is None:
+            return []
+        told = set(entry.info.addrs or ())
+        return [address for address in entry.addresses if place_of(address) in told]
+
+    async def _look_for_servers(self) -> None:
+        """Read the records anew, but not for every stranger that a client names."""
+        now = trio.current_time()
+        if now >= self._look_again_at:
+            self._look_again_at = now + LOOK_AGAIN_SECONDS
+            with trio.move_on_after(limits.INFO_SECONDS):
+                await self.node.directory.refresh()
 
     async def _measure_line(self) -> None:
         """The fastest line to a few peers: what our own side can do."""

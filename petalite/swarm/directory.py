@@ -381,3 +381,8 @@ def given(directory: Directory, addresses: Iterable[Address]) -> None:
     """Add peers that a user named."""
     for address in addresses:
         directory.add(address, Source.GIVEN)
+
+
+def place_of(address: Address) -> str:
+    """host:port, as records and contacts have it."""
+    return f"[{address.host}]:{address.port}" if ":" in address.host else f"{address.host}:{address.port}"

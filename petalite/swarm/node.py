@@ -16,7 +16,7 @@ from petalite.lan.discovery import Hint, Lan
 from petalite.limits import GOODBYE_SECONDS
 from petalite.net.connection import PeerConnection
 from petalite.net.endpoint import Endpoint, open_endpoint
-from petalite.swarm.directory import Directory, Source, given
+from petalite.swarm.directory import Directory, Source, given, place_of
 from petalite.swarm.routing import Bans, Needs, NoRoute, Route, plan_inference
 
 
@@ -43,7 +43,7 @@ class Node:
         """
         self.dht = DhtNode(
             self.endpoint,
-            addrs=[f"[{a.host}]:{a.port}" if ":" in a.host else f"{a.host}:{a.port}" for a in addresses],
+            addrs=[place_of(address) for address in addresses],
             lan=not any(is_global(a.host) for a in (*addresses, *self.peers)),
         )
         self.directory.dht = self.dht
