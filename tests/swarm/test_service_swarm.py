@@ -1,4 +1,4 @@
-"""Servers that choose, announce and move by themselves, and a client that follows: a swarm in memory, on a mock clock."""
+"""Servers that choose, announce and move by themselves, and a client that follows: a swarm in memory."""
 
 from __future__ import annotations
 
@@ -81,7 +81,13 @@ class Swarm:
         self.servers: list[Server] = []
         self._nursery = nursery
 
-    async def serve(self, blocks: tuple[int, int] | None = None, capacity: int = 4, peers: Sequence[Address] = (), **changes: object) -> Server:  # fmt: skip
+    async def serve(
+        self,
+        blocks: tuple[int, int] | None = None,
+        capacity: int = 4,
+        peers: Sequence[Address] = (),
+        **changes: object,
+    ) -> Server:
         server: Server = await self._nursery.start(self._run, options(blocks, capacity, **changes), list(peers))
         self.servers.append(server)
         return server
