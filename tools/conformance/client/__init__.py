@@ -1,0 +1,1 @@
+"""Cases against a client; the tool is its servers."""

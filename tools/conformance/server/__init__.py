@@ -1,0 +1,1 @@
+"""Cases against a server; the tool is the client."""
