@@ -109,7 +109,7 @@ def compute(batch: Batch, urgent: Callable[[], bool]) -> None:
     A long job returns after a block where `urgent()` says that short ones wait.
     """
     with torch.inference_mode():
-        ready = [job for job in batch.jobs if _guard(job, _prepare)]
+        ready = [job for job in batch.jobs if not job.abandoned and _guard(job, _prepare)]
         if batch.long:
             for job in ready:
                 _guard(job, lambda job: _run_long(job, urgent))

@@ -92,7 +92,7 @@ class Scheduler:
         self._begun: Job | None = None  # a long job amid its piece: goes on before any other long one
         self._long_turn = False
         self._load: Counter[Hashable] = Counter()
-        self._block_token_seconds = 1e-5
+        self._block_token_seconds = 1e-4
         self._short_at = float("-inf")
         self._short_seconds = 0.0
 

@@ -1,0 +1,258 @@
+"""Who runs next: batches of short steps, pieces of long ones, and nobody in front of everybody else."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from petalite.server import scheduler as module
+from petalite.server.scheduler import BATCH_TOKENS, SHORT_TOKENS, SMALLEST_PIECE, Batch, Job, Scheduler
+
+BLOCKS = 4
+
+
+def job(tokens: int = 1, *, owner: str = "a", group: str = "0:4", batch: int = 1) -> Job:
+    return Job(
+        owner=owner,
+        group=group,
+        batch=batch,
+        tokens=tokens,
+        blocks=BLOCKS,
+        prepare=lambda: None,
+        finish=lambda output: None,
+        started=lambda: None,
+        settled=lambda: None,
+        work=None,
+    )
+
+
+def run(batch: Batch, scheduler: Scheduler, seconds: float = 0.0, blocks: int = BLOCKS) -> None:
+    """What the executor does with a batch; `blocks`: how many of a long piece it gets through."""
+    for each, count in zip(batch.jobs, batch.tokens, strict=True):
+        if batch.long:
+            each.at_block += blocks
+            if each.at_block < BLOCKS:
+                continue
+            each.at_block = 0
+        each.done += count
+    scheduler.finished(batch, seconds)
+
+
+def take(scheduler: Scheduler, now: float = 0.0) -> Batch:
+    batch = scheduler.next_batch(now)
+    assert batch is not None
+    return batch
+
+
+def test_nothing_waits() -> None:
+    scheduler = Scheduler()
+    assert scheduler.next_batch(0) is None
+    assert (len(scheduler), scheduler.urgent) == (0, False)
+
+
+def test_short_steps_of_all_sessions_are_one_batch() -> None:
+    scheduler = Scheduler()
+    jobs = [job(1, owner="a"), job(3, owner="b"), job(1, owner="c", batch=2), job(2, owner="a")]
+    for each in jobs:
+        scheduler.add(each)
+    assert scheduler.urgent
+    batch = take(scheduler)
+    assert set(batch.jobs) == set(jobs)
+    assert dict(zip(batch.jobs, batch.tokens, strict=True)) == {each: each.tokens for each in jobs}
+    assert (len(scheduler), scheduler.urgent) == (0, False)
+
+
+def test_only_steps_through_the_same_blocks_share_a_batch() -> None:
+    scheduler = Scheduler()
+    whole, part, other = job(owner="a"), job(owner="b", group="1:3"), job(owner="c")
+    for each in (whole, part, other):
+        scheduler.add(each)
+    first = take(scheduler)
+    assert first.jobs == (whole, other)
+    run(first, scheduler)
+    late = job(owner="a")
+    scheduler.add(late)
+    assert take(scheduler).jobs == (part,)  # it was first in line, so its blocks are next
+
+
+def test_a_batch_is_bounded_and_shared_by_peers() -> None:
+    """One peer with a hundred sessions gets as much of a batch as the peer with three, once that is served."""
+    scheduler = Scheduler()
+    crowd = [job(8, owner="crowd") for _ in range(100)]
+    few = [job(8, owner="few") for _ in range(3)]
+    for each in (*crowd, *few):
+        scheduler.add(each)
+    batch = take(scheduler)
+    assert sum(each.size for each in batch.jobs) == BATCH_TOKENS
+    assert set(few) <= set(batch.jobs)
+    assert [each for each in batch.jobs if each.owner == "crowd"] == crowd[: BATCH_TOKENS // 8 - 3]
+
+
+def test_peers_that_found_no_room_are_first_in_the_next_batch() -> None:
+    scheduler = Scheduler()
+    for owner in range(10):
+        scheduler.add(job(SHORT_TOKENS, owner=f"peer {owner}"))
+    seen = []
+    while (batch := scheduler.next_batch(0)) is not None:
+        seen.append([str(each.owner) for each in batch.jobs])
+        run(batch, scheduler)
+        scheduler.add(job(SHORT_TOKENS, owner="peer 0")) if len(seen) == 1 else None
+    assert seen == [
+        ["peer 0", "peer 1", "peer 2", "peer 3"],
+        ["peer 4", "peer 5", "peer 6", "peer 7"],
+        ["peer 8", "peer 9", "peer 0"],
+    ]
+
+
+def test_a_long_prefill_goes_in_pieces_that_add_up() -> None:
+    scheduler = Scheduler()
+    long = job(1000)
+    scheduler.add(long)
+    pieces = []
+    while (batch := scheduler.next_batch(0)) is not None:
+        assert (batch.jobs, batch.first_block) == ((long,), 0)
+        pieces.append(batch.tokens[0])
+        run(batch, scheduler, seconds=batch.tokens[0] * BLOCKS * 1e-4)  # 0.1 ms a token and block
+    assert sum(pieces) == long.done == 1000
+    assert pieces[:4] == [int(module.LONE_BLOCK_SECONDS / 1e-4)] * 4
+
+
+def test_pieces_are_smaller_while_others_decode() -> None:
+    scheduler = Scheduler()
+    prefill = job(100_000)
+    scheduler.add(prefill)
+    for _ in range(20):
+        run(take(scheduler), scheduler, seconds=prefill.piece * BLOCKS * 1e-5)
+    assert prefill.piece == pytest.approx(module.LONE_BLOCK_SECONDS / 1e-5, rel=0.1)
+    for _ in range(40):
+        scheduler.add(job(1, owner="b"))
+        short = take(scheduler, now=5.0)
+        assert not short.long
+        run(short, scheduler, seconds=0.004)
+        piece = take(scheduler, now=5.0)
+        run(piece, scheduler, seconds=prefill.piece * BLOCKS * 1e-5)
+    assert prefill.piece == pytest.approx(0.004 / 2 / 1e-5, rel=0.1)
+
+
+def test_a_piece_is_never_less_than_worth_its_while() -> None:
+    scheduler = Scheduler()
+    long = job(1000, batch=4)
+    scheduler.add(long)
+    for _ in range(5):
+        batch = take(scheduler)
+        run(batch, scheduler, seconds=1000.0)
+    assert batch.tokens == (SMALLEST_PIECE // 4,)
+
+
+def test_a_clock_that_stands_still_is_survived() -> None:
+    scheduler = Scheduler()
+    for _ in range(3000):
+        scheduler.add(job(100))
+        run(take(scheduler), scheduler, seconds=0.0)
+    assert len(scheduler) == 0
+
+
+def test_short_steps_get_in_between_two_blocks_and_a_piece_goes_on_where_it_was() -> None:
+    scheduler = Scheduler()
+    long, other = job(100, owner="a"), job(100, owner="z")
+    scheduler.add(long)
+    scheduler.add(other)
+    piece = take(scheduler)
+    run(piece, scheduler, blocks=1)  # it paused, because this came:
+    short = job(1, owner="b")
+    scheduler.add(short)
+    assert len(scheduler) == 3
+    batch = take(scheduler)
+    assert batch.jobs == (short,)
+    scheduler.add(job(1, owner="c"))  # more short ones come without end
+    run(batch, scheduler)
+    again = take(scheduler)  # but the long one gets its block
+    assert (again.jobs, again.tokens, again.first_block) == ((long,), piece.tokens, 1)
+    run(again, scheduler, blocks=BLOCKS - 1)
+    assert long.done == piece.tokens[0]
+
+
+def test_long_ones_take_turns_by_peer_not_by_job() -> None:
+    scheduler = Scheduler()
+    mine = [job(64, owner="greedy") for _ in range(10)]
+    yours = job(64, owner="modest")
+    for each in (*mine, yours):
+        scheduler.add(each)
+    order = []
+    for _ in range(8):
+        batch = take(scheduler, now=0.0)
+        batch.jobs[0].piece = 16
+        batch = Batch(batch.jobs, (16,))
+        order.append(batch.jobs[0].owner)
+        run(batch, scheduler)
+    assert order == ["greedy", "modest"] * 4
+    assert (mine[0].done, yours.done) == (64, 64)
+
+
+def test_cancelled_work_leaves_the_queue() -> None:
+    scheduler = Scheduler()
+    short, long, begun = job(1), job(100), job(100, owner="b")
+    for each in (short, long):
+        scheduler.add(each)
+    assert scheduler.load("a") == 101
+    assert scheduler.remove(short)
+    assert scheduler.remove(long)
+    assert not scheduler.remove(long)
+    assert (len(scheduler), scheduler.load("a")) == (0, 0)
+    scheduler.add(begun)
+    batch = take(scheduler)
+    assert not scheduler.remove(begun)  # it runs
+    run(batch, scheduler, blocks=2)
+    assert scheduler.remove(begun)  # it paused amid its piece
+    assert scheduler.next_batch(0) is None
+    assert scheduler.load("b") == 0
+
+
+def test_a_failed_or_unwanted_long_job_does_not_come_back() -> None:
+    scheduler = Scheduler()
+    for spoil in ("error", "abandoned"):
+        long = job(1000)
+        scheduler.add(long)
+        batch = take(scheduler)
+        setattr(long, spoil, ValueError() if spoil == "error" else True)
+        scheduler.finished(batch, 0.1)
+        assert (scheduler.next_batch(0), scheduler.load("a")) == (None, 0)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 200), st.sampled_from("abc"), st.sampled_from(["0:4", "1:2"])), max_size=30),
+    st.randoms(use_true_random=False),
+)
+def test_every_job_runs_exactly_once_whatever_comes(plan, rng) -> None:
+    """Against a plain account of tokens: each runs whole, in order within a session's step, and the load ends at 0."""
+    scheduler = Scheduler()
+    waiting = [job(tokens, owner=owner, group=group) for tokens, owner, group in plan]
+    account: Counter[Job] = Counter()
+    added: list[Job] = []
+    removed: set[Job] = set()
+    now = 0.0
+    while waiting or len(scheduler):
+        if waiting and rng.random() < 0.6:
+            added.append(waiting.pop())
+            scheduler.add(added[-1])
+            continue
+        if added and rng.random() < 0.1:
+            victim = rng.choice(added)
+            if scheduler.remove(victim):
+                removed.add(victim)
+            continue
+        batch = scheduler.next_batch(now)
+        if batch is None:
+            continue
+        assert len({each.group for each in batch.jobs}) == 1
+        assert batch.long or sum(each.size for each in batch.jobs) <= BATCH_TOKENS
+        done = {each: each.done for each in batch.jobs}
+        run(batch, scheduler, seconds=0.001, blocks=rng.randint(1, BLOCKS - batch.first_block))
+        for each in batch.jobs:
+            account[each] += each.done - done[each]
+        now += 0.3
+    assert all(account[each] == each.tokens for each in added if each not in removed)
+    assert all(scheduler.load(owner) == 0 for owner in "abc")
