@@ -40,7 +40,12 @@ async def _bootstrap(listen: HostPort | None, announce: HostPort | None, swarm: 
             agent=f"petalite/{__version__}",
         ) as node:
             addresses = await listen_as_told(node.endpoint, listen, announce)
-            await node.start(lan=swarm.lan, lan_interface=swarm.lan_interface, addresses=addresses)
+            await node.start(
+                lan=swarm.lan,
+                lan_interface=swarm.lan_interface,
+                addresses=addresses,
+                contacts=kept.contacts_file(node.endpoint.network),
+            )
             if json:
                 emit_json(
                     {

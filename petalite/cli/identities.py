@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 from pathlib import Path
 
 from petalite.cli.options import state_directory
 from petalite.errors import PetaliteError
-from petalite.identity import Identity
+from petalite.identity import Identity, PeerId
 
 MOST_SERVERS = 256
 
@@ -20,6 +21,11 @@ class KeptIdentity:
         self.identity = identity
         self.number = number
         self._lock = lock
+
+    def contacts_file(self, network: str) -> Path:
+        """Where this server keeps what it knew of a network."""
+        tag = hashlib.sha256(network.encode()).hexdigest()[:16]
+        return state_directory() / f"contacts-{self.number}-{tag}.json"
 
 
 def server_identity(file: Path | None) -> KeptIdentity:
@@ -43,6 +49,18 @@ def server_identity(file: Path | None) -> KeptIdentity:
                 Identity.generate().save(path)
             return KeptIdentity(Identity.load(path), lock, number)
     raise PetaliteError(f"{MOST_SERVERS} servers run on this machine already")
+
+
+def running_servers() -> list[PeerId]:
+    """Ids of the kept identities that servers on this machine use right now."""
+    directory, running = state_directory(), []
+    for path in sorted(directory.glob("server-*.key")):
+        lock = _try_lock(path.with_suffix(".lock"))
+        if lock is None:
+            running.append(Identity.load(path).peer_id)
+        else:
+            os.close(lock)
+    return running
 
 
 def _try_lock(path: Path) -> int | None:

@@ -67,7 +67,12 @@ async def serve(options: ServeOptions, swarm: SwarmOptions) -> None:
                 )
                 node.endpoint.handlers.update(service.methods)
                 service.addresses = await listen_as_told(node.endpoint, options.listen, options.announce)
-                await node.start(lan=swarm.lan, lan_interface=swarm.lan_interface, addresses=service.addresses)
+                await node.start(
+                    lan=swarm.lan,
+                    lan_interface=swarm.lan_interface,
+                    addresses=service.addresses,
+                    contacts=kept.contacts_file(node.endpoint.network),
+                )
                 await _run(service, node, options, terms, bar)
 
 
@@ -92,6 +97,7 @@ async def _run(service: Service, node: Node, options: ServeOptions, terms: Async
         notice("draining")
         with trio.move_on_after(DRAIN_SECONDS):
             await service.drain()
+        await node.leave()
         await node.endpoint.say_goodbye(GoAwayCode.SHUTTING_DOWN)
         nursery.cancel_scope.cancel()
 

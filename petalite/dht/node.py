@@ -80,6 +80,10 @@ class DhtNode:
         self.core.join(trio.current_time(), seeds)
         self._act()
 
+    def contacts(self) -> list[Contact]:
+        """Verified contacts, the nearest to us first."""
+        return self.core.table.nearest(self.core.n, limits.MAX_SAVED_CONTACTS)
+
     async def read(self, key: bytes) -> tuple[Record, ...]:
         """The newest good record of each publisher under `key`, withdrawn ones left out."""
         result = await self._await(self.core.read(trio.current_time(), key))

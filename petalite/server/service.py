@@ -48,6 +48,7 @@ from petalite.swarm.probe import answer_probe, measure_line
 from petalite.swarm.snapshot import ServerInfo, Snapshot, Span
 from petalite.wire import messages
 from petalite.wire.frames import Buffer
+from petalite.wire.packing import encode
 from petalite.wire.writer import Priority
 
 log = logging.getLogger("petalite.server")
@@ -61,6 +62,8 @@ LAN_SETTLE_SECONDS = 3.0
 LOOK_AGAIN_SECONDS = 5.0
 MOVE_DRAIN_SECONDS = 60.0
 ASSUMED_LINE = 1e8
+# A record's payload less its own fields.
+MOST_RECORD = limits.MAX_RECORD_PAYLOAD - 200
 
 Progress = Callable[[str, int, int], None]
 """What is being done, how much of it is done, how much there is."""
@@ -364,10 +367,16 @@ class Service:
             if described is not None and dht is not None:
                 network, model = self.node.endpoint.network, described.model
                 with trio.move_on_after(limits.INFO_SECONDS):
-                    await dht.publish(model_key(network, model), described.to_wire())
+                    await dht.publish(model_key(network, model), self._fitting(described).to_wire())
                     await dht.publish(models_key(network), {"model": model, "name": described.name})
             with trio.move_on_after(ANNOUNCE_SECONDS):
                 await self._announce_now.wait()
+
+    def _fitting(self, described: messages.InfoReply) -> messages.InfoReply:
+        """As much of it as a record takes: latencies go first, then addresses (PT-ANN-002)."""
+        shorter = [described, dataclasses.replace(described, next_hops=None)]
+        shorter.append(dataclasses.replace(shorter[-1], addrs=(described.addrs or ())[:2]))
+        return next((each for each in shorter if len(encode(each.to_wire())) <= MOST_RECORD), shorter[-1])
 
     # Moving
 

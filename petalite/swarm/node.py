@@ -5,10 +5,12 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import trio
 
+from petalite.dht.contacts import Contact
 from petalite.dht.node import DhtNode, contact_of
 from petalite.errors import HandshakeError, PeerLost, PeerUnreachable
 from petalite.identity import Address, Identity, PeerId
@@ -18,6 +20,7 @@ from petalite.net.connection import PeerConnection
 from petalite.net.endpoint import Endpoint, open_endpoint
 from petalite.swarm.directory import Directory, Source, given, place_of
 from petalite.swarm.routing import Bans, Needs, NoRoute, Route, plan_inference
+from petalite.swarm.saved import load_contacts, save_contacts
 
 
 class Node:
@@ -31,15 +34,24 @@ class Node:
         self.lan: Lan | None = None
         self.peers = peers
         self._nursery = nursery
+        self._contacts: Path | None = None
         self._joined: set[PeerId] = set()
         self._met: dict[str, PeerId] = {}  # members of a private swarm, by their instance on the LAN
 
     # Finding others
 
-    async def start(self, *, lan: bool, lan_interface: str | None = None, addresses: Sequence[Address] = ()) -> None:
+    async def start(
+        self,
+        *,
+        lan: bool,
+        lan_interface: str | None = None,
+        addresses: Sequence[Address] = (),
+        contacts: Path | None = None,
+    ) -> None:
         """Search for others: through the peers given by hand, the DHT behind them, and the LAN unless told not to.
 
-        `addresses`: where others reach us; a server has some, a client has none and is not asked anything.
+        `addresses`: where others reach us; a server has some, a client has none and is not asked anything. `contacts`:
+        a file in which DHT contacts are kept between runs; they are tried before the peers given by hand.
         """
         self.dht = DhtNode(
             self.endpoint,
@@ -50,6 +62,11 @@ class Node:
         await self._nursery.start(self.dht.run)
         await self._nursery.start(self.directory.run)
         given(self.directory, self.peers)
+        self._contacts = contacts
+        saved = load_contacts(contacts) if contacts else []
+        if saved:
+            self.dht.join([*saved, *contacts_of(self.peers)])
+            self._joined.update(address.peer for address in self.peers)
         self._join_dht(self.peers)
         if lan:
             self.lan = Lan(
@@ -65,12 +82,9 @@ class Node:
 
     def _join_dht(self, addresses: Iterable[Address]) -> None:
         """Enter the DHT through peers not tried before."""
-        by_peer: dict[PeerId, list[Address]] = {}
-        for address in addresses:
-            if address.peer not in self._joined:
-                by_peer.setdefault(address.peer, []).append(address)
-        contacts = [contact for found in by_peer.values() if (contact := contact_of(found)) is not None]
-        self._joined.update(by_peer)
+        new = [address for address in addresses if address.peer not in self._joined]
+        contacts = contacts_of(new)
+        self._joined.update(address.peer for address in new)
         if contacts and self.dht is not None:
             self.dht.join(contacts)
 
@@ -141,10 +155,20 @@ class Node:
             self.bans = self.bans.succeeded(peer)
 
     async def leave(self) -> None:
-        """Withdraw what we published; bounded."""
+        """Withdraw what we published, and keep the contacts for next time; bounded."""
         if self.dht is not None:
+            if self._contacts is not None and (known := self.dht.contacts()):
+                save_contacts(self._contacts, known)
             with trio.move_on_after(GOODBYE_SECONDS, shield=True):
                 await self.dht.leave()
+
+
+def contacts_of(addresses: Iterable[Address]) -> list[Contact]:
+    """Addresses by peer, as contacts."""
+    by_peer: dict[PeerId, list[Address]] = {}
+    for address in addresses:
+        by_peer.setdefault(address.peer, []).append(address)
+    return [contact for found in by_peer.values() if (contact := contact_of(found)) is not None]
 
 
 def is_global(host: str) -> bool:
