@@ -39,6 +39,7 @@ COMMANDS: Mapping[str, Entry] = {
     "chat": Entry("petalite.cli.chat", "Talk with a model that servers hold."),
     "status": Entry("petalite.cli.status", "Show who serves what, and what is missing."),
     "bootstrap": Entry("petalite.cli.bootstrap", "Run a node without a model, for others to begin with."),
+    "doctor": Entry("petalite.cli.doctor", "Say why a swarm is not found or not usable, and what to do."),
     "key": Entry("petalite.cli.key", "Make and show key files: identities and private swarms."),
 }
 LEVELS = ("error", "warning", "info", "debug")

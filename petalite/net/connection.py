@@ -71,6 +71,7 @@ class PeerConnection:
         self.address = transport.address
         self.closed = trio.Event()
         self.close_reason = ""
+        self.goaway_code: int | None = None  # with which the peer said goodbye
         self.bytes_sent = 0
         self.bytes_received = 0
         self._transport = transport
@@ -365,6 +366,7 @@ class PeerConnection:
         self._pong.set()
 
     def _on_goaway(self, event: events.GoAwayReceived) -> None:
+        self.goaway_code = event.code
         self._note_end(f"the peer said goodbye: {event.text}")
         self._wake.set()
 
