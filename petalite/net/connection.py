@@ -82,6 +82,8 @@ class PeerConnection:
             initiator=initiator, hello=hello, quota=quota, now=trio.current_time(), idle_seconds=idle_seconds
         )
         self._rest = memoryview(b"")  # encrypted, but not yet taken by the transport
+        self._taken = 0  # bytes since `_progress_at`
+        self._progress_at = trio.current_time()
         self._batch = limits.WRITE_AHEAD // 4  # doubles with each batch that leaves quickly
         self._writer_waits = False
         self._wake = trio.Event()
@@ -139,7 +141,7 @@ class PeerConnection:
         await trio.lowlevel.checkpoint_if_cancelled()
         now = trio.current_time()
         left = trio.current_effective_deadline() - now
-        deadline_ms = None if left == math.inf else max(0, int(left * 1000))
+        deadline_ms = None if left == math.inf else max(0, math.ceil(left * 1000))
         request = self._core.send_request(
             method, head or {}, body, now=now, priority=priority, max_reply=max_reply, deadline_ms=deadline_ms
         )
@@ -265,6 +267,7 @@ class PeerConnection:
             with trio.move_on_at(tick_at):
                 await self._wake.wait()
             self._writer_waits = False
+            self._taken, self._progress_at = 0, trio.current_time()
         # Goodbye: let the peer read to the end before the socket goes, but not for ever.
         self._pumps.deadline = trio.current_time() + limits.GOODBYE_SECONDS
         self._note_end("closed after goodbye")
@@ -289,9 +292,13 @@ class PeerConnection:
 
     def _sent(self, count: int) -> None:
         if count:
+            now = trio.current_time()
             self._rest = self._rest[count:]
             self.bytes_sent += count
-            self._core.sent(trio.current_time())
+            self._core.sent(now)
+            self._taken += count
+            if self._taken >= limits.BODY_PROGRESS:  # PT-STR-029: a peer that takes a byte now and then takes nothing
+                self._taken, self._progress_at = 0, now
             if not self._drained.is_set():
                 self._drained.set()
 
@@ -311,13 +318,12 @@ class PeerConnection:
 
     async def _patiently(self, wait: Callable[..., Awaitable[Any]], *args: Any) -> Any:
         """Await `wait`, keeping the clocks meanwhile. Raises PeerLost when the peer takes no data for too long."""
-        started = trio.current_time()
         while True:
             with trio.move_on_after(limits.TICK_SECONDS):
                 return await wait(*args)
             now = trio.current_time()
             self._tick(now)
-            if now - started >= limits.BODY_STALL_SECONDS:
+            if now - self._progress_at >= limits.BODY_STALL_SECONDS:
                 raise PeerLost(f"the peer took no data for {limits.BODY_STALL_SECONDS:.0f} s")
 
     def _tick(self, now: float) -> None:
@@ -378,7 +384,7 @@ class PeerConnection:
         """Run the handler of one request; whatever it raises ends this request alone."""
         scope = trio.CancelScope()
         if request.deadline_ms is not None:
-            scope.deadline = trio.current_time() + request.deadline_ms / 1000
+            scope.deadline = request.arrived_at + request.deadline_ms / 1000  # PT-STR-040
         self._scopes[request] = scope
         try:
             with scope:

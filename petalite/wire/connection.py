@@ -164,7 +164,7 @@ class Connection:
     def ping(self, now: float) -> None:
         self._ping_number += 1
         self._ping_sent_at = now
-        self._liveness.pinged(now)
+        self._liveness.pinged()
         self.writer.control(frames.encode(frames.Ping(self._ping_number.to_bytes(limits.PING_BYTES, "big"))))
 
     # Time

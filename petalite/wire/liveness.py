@@ -23,12 +23,12 @@ class Liveness:
 
     def __init__(self, now: float) -> None:
         self._life_at = now
-        self._heard_at = now
-        self._pinged_at = -1.0
         self._looked_at = now
+        self._ping_is_out = False
 
     def heard(self, now: float) -> None:
-        self._life_at = self._heard_at = now
+        self._life_at = now
+        self._ping_is_out = False
 
     def moved(self, now: float) -> None:
         self._life_at = now
@@ -37,8 +37,8 @@ class Liveness:
         """The first request of ours is pending from now on."""
         self._life_at = self._looked_at = now
 
-    def pinged(self, now: float) -> None:
-        self._pinged_at = now
+    def pinged(self) -> None:
+        self._ping_is_out = True
 
     def silence(self, now: float) -> float:
         return now - self._life_at
@@ -51,6 +51,6 @@ class Liveness:
         silence = now - self._life_at
         if silence >= limits.DEAD_AFTER_SECONDS:
             return Verdict.DEAD
-        if silence >= limits.PING_AFTER_SECONDS and self._pinged_at < self._life_at:
+        if silence >= limits.PING_AFTER_SECONDS and not self._ping_is_out:
             return Verdict.PING
         return Verdict.ALIVE

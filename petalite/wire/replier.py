@@ -81,7 +81,9 @@ class Replier:
         """The handler and its thread work have ended: the stream no longer counts once its reply is out."""
         request.handler_running = False
         if request.state is StreamState.WAITING and request.outgoing is None:
-            self.error(request, RequestError(ErrorCode.INTERNAL, "the request was not answered"))
+            # Its handler was stopped by us: at the end of the process, or by a bug.
+            code = ErrorCode.INTERNAL if self.accepting else ErrorCode.UNAVAILABLE
+            self.error(request, RequestError(code, "the request was not answered"))
         self._settle(request)
 
     def _close(self, request: PeerRequest) -> None:
@@ -136,7 +138,7 @@ class Replier:
         if not self.accepting:
             return  # crossed with our GOAWAY, whose last stream tells the peer that this one was not taken
         self.last_taken = frame.stream
-        request = PeerRequest(frame.stream, frame.method, frame.head)
+        request = PeerRequest(frame.stream, frame.method, frame.head, now)
         request.advance(StreamEvent.REQ_END if frame.end else StreamEvent.REQ)
         try:
             self._admit(request, frame.end, now)

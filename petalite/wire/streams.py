@@ -138,11 +138,14 @@ class OwnRequest(_Stream):
 class PeerRequest(_Stream):
     """A request that the peer makes. It counts against MAX_STREAMS until its handler has ended."""
 
-    __slots__ = ("deadline_ms", "handler_running", "head", "max_reply", "progress", "progress_at", "reply_reserved")
+    __slots__ = (
+        "arrived_at", "deadline_ms", "handler_running", "head", "max_reply", "progress", "progress_at", "reply_reserved"
+    )  # fmt: skip
 
-    def __init__(self, stream: int, method: str, head: Mapping[str, Any]) -> None:
+    def __init__(self, stream: int, method: str, head: Mapping[str, Any], now: float) -> None:
         super().__init__(stream, method)
         self.head = head
+        self.arrived_at = now
         self.max_reply = 0
         self.deadline_ms: int | None = None
         self.handler_running = False

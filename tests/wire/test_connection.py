@@ -598,7 +598,7 @@ def test_a_sleep_of_our_own_is_not_the_peers_silence() -> None:
     assert life.look(0.1) is Verdict.ALIVE
     assert life.look(60.0) is Verdict.ALIVE  # we were stopped; what came meanwhile has not been read yet
     assert life.look(60.5) is Verdict.PING
-    life.pinged(60.5)
+    life.pinged()
     assert [life.look(60.5 + step / 10) for step in (5, 10, 14)] == [Verdict.ALIVE] * 3
     assert life.look(62.01) is Verdict.DEAD
 
