@@ -4,6 +4,8 @@ import net from "node:net";
 import { once } from "node:events";
 import { PeerLost } from "./lib/errors.mjs";
 
+const GOODBYE_MS = 1_000;
+
 /**
  * @param {string} host
  * @param {number} port
@@ -28,8 +30,11 @@ export async function dial(host, port) {
       }
     },
     async write(bytes) {
-      if (bytes === null) socket.end(() => socket.destroy());
-      else if (!socket.write(bytes)) await Promise.race([once(socket, "drain"), once(socket, "close")]);
+      if (bytes === null) {
+        // PT-FRM-045: a socket closed with unread bytes in it would be reset, and the reset can overtake our last frame
+        socket.end();
+        setTimeout(() => socket.destroy(), GOODBYE_MS).unref();
+      } else if (!socket.write(bytes)) await Promise.race([once(socket, "drain"), once(socket, "close")]);
     },
   };
 }

@@ -152,7 +152,11 @@ export class ClientModel {
   }
 }
 
-/** The best token, and how far the second is behind. @param {Float64Array} logits @returns {[token: number, margin: number]} */
+/**
+ * The best token, and how far the second is behind.
+ * @param {Float64Array} logits
+ * @returns {[token: number, margin: number]}
+ */
 export function greedy(logits) {
   let [best, first, second] = [0, -Infinity, -Infinity];
   for (const [token, logit] of logits.entries()) {

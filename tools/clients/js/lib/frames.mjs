@@ -20,6 +20,7 @@ export const MAX_FRAME = 65_519;
 export const MAX_FRAME_BEFORE_HELLO = 4_096;
 export const MAX_DATA = 65_000;
 const MAX_HEAD_FRAME = 16_384;
+const MAX_METHOD = 64;
 const END = 1;
 
 /** @typedef {{ type: number, stream: number, end: boolean, fields: any[] }} Frame */
@@ -28,6 +29,8 @@ const END = 1;
 const isMap = (value) => value instanceof Map;
 /** @param {any} value */
 const isStr = (value) => typeof value === "string";
+/** @param {any} value */
+const isMethod = (value) => isStr(value) && [...value].length <= MAX_METHOD;
 /** @param {any} value */
 const isCode = (value) => Number.isInteger(value) && value >= 0 && value < 2 ** 32;
 /** @param {any} value */
@@ -42,7 +45,7 @@ const isPing = (value) => value instanceof Uint8Array && value.length === 8;
 /** What stands behind the type, in order. @type {Record<number, ((value: any) => boolean)[]>} */
 const LAYOUT = {
   [TYPE.HELLO]: [isMap],
-  [TYPE.REQ]: [isStream, isFlags, isStr, isMap],
+  [TYPE.REQ]: [isStream, isFlags, isMethod, isMap],
   [TYPE.RES]: [isStream, isFlags, isMap],
   [TYPE.DATA]: [isStream, isFlags, isBody],
   [TYPE.ERR]: [isStream, isCode, isStr, isMap],

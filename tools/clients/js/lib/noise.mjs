@@ -124,7 +124,7 @@ export const keyPair = (privateKey) => ({ privateKey, publicKey: x25519.getPubli
 /** Section 5.3. */
 export class HandshakeState {
   /**
-   * @param {{ pattern: string, initiator: boolean, prologue: Uint8Array, s: KeyPair, e: KeyPair, psk?: Uint8Array }} keys
+   * @param {{ pattern: string, initiator: boolean, prologue: Uint8Array, s: KeyPair, e: KeyPair, psk?: Uint8Array }} of
    *   `e` is what GENERATE_KEYPAIR() gives; `psk` serves both psk tokens
    */
   constructor({ pattern, initiator, prologue, s, e, psk }) {

@@ -26,7 +26,7 @@ export async function info(connection, signal) {
 }
 
 /**
- * Cut the servers' blocks into a chain over [0, layers): of those that can go on at a block, the one that reaches furthest.
+ * Cut the servers' blocks into a chain over [0, layers): at each block the server that reaches furthest from there.
  * @param {{ connection: Connection, blocks: [number, number] }[]} servers
  * @param {number} layers
  * @param {() => Uint8Array} newSid
@@ -105,7 +105,8 @@ export class Session {
       reply.head.get("pos"),
       ...["n", "d", "s", "c"].flatMap((key) => tensor?.get(key)),
     ];
-    if (expected.join() !== answered.join()) throw new PeerLost(`answered ${answered}, expected ${expected}`); // PT-SES-029
+    // PT-SES-029
+    if (expected.join() !== answered.join()) throw new PeerLost(`answered ${answered}, expected ${expected}`);
     return decode(descriptor, reply.body);
   }
 

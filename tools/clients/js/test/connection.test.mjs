@@ -100,6 +100,12 @@ test("pings are answered, unknown frames ignored, requests of the peer refused",
 });
 
 for (const [name, act, fault] of [
+  [
+    "an unknown error",
+    (peer) => peer.send(TYPE.ERR, 1, 99, "\x1b[2J", {}),
+    { code: ERR.internal, message: "\\u{1b}[2J" },
+  ],
+  ["a cancel", (peer) => peer.send(TYPE.CANCEL, 1), { code: ERR.cancelled }],
   ["an error", (peer) => peer.send(TYPE.ERR, 1, 3, "no such session", {}), { name: "RequestError", code: 3 }],
   ["a reply larger than asked for", (peer) => peer.send(TYPE.RES, 1, 0, { size: 5 }), RequestError],
   ["a reply with END and a body", (peer) => peer.send(TYPE.RES, 1, 1, { size: 4 }), RequestError],
@@ -161,6 +167,79 @@ test("a frame before HELLO costs the connection", async () => {
   peer.send(TYPE.PING, new Uint8Array(8));
   assert.equal((await peer.next()).type, TYPE.GOAWAY);
   await connection.reading;
+});
+
+test("control frames overtake waiting bodies, and what was not written is not sent after a cancel", async () => {
+  const { connection, peer } = await pair();
+  await connection.outbox.pumping;
+  const gone = new AbortController();
+  const first = connection.request("step", {}, new Uint8Array(200_000), { signal: gone.signal });
+  const second = connection.request("info", {}, EMPTY, { signal: gone.signal });
+  connection.control(TYPE.PING, new Uint8Array(8)); // while the outbox is busy with the first frame
+  gone.abort(new Error("enough"));
+  await assert.rejects(first, /enough/);
+  await assert.rejects(second, /enough/);
+  const seen = [await peer.next(), await peer.next(), await peer.next()].map(({ type, stream }) => [type, stream]);
+  assert.deepEqual(seen, [
+    [TYPE.REQ, 1],
+    [TYPE.PING, 0],
+    [TYPE.CANCEL, 1],
+  ]); // and nothing of stream 3
+  await connection.close();
+});
+
+test("after its GOAWAY a peer may not ask", async () => {
+  const { connection, peer } = await pair();
+  peer.send(TYPE.GOAWAY, 0, 0, "bye");
+  peer.send(TYPE.REQ, 2, 1, "info", {});
+  assert.deepEqual((await peer.next()).fields[0], 1);
+  await connection.reading;
+});
+
+for (const hello of [
+  {},
+  { v: "0" },
+  { v: 2 ** 32 },
+  { v: 0, caps: [] },
+  { v: 0, agent: "x".repeat(129) },
+  { v: 0, "!x": 1 },
+  { v: 0, limits: { streams: 0 } },
+]) {
+  test(`HELLO ${JSON.stringify(hello).slice(0, 40)} is refused`, async () => {
+    const { connection, peer } = await pair({ greet: false });
+    peer.send(TYPE.HELLO, hello);
+    assert.deepEqual((await peer.next()).fields[0], 1);
+    await connection.reading;
+  });
+}
+
+test("a peer that falls silent is pinged and then given up", async (t) => {
+  t.mock.timers.enable({ apis: ["setInterval", "Date"] });
+  const { connection, peer } = await pair();
+  const asked = connection.request("info", {});
+  assert.equal((await peer.next()).type, TYPE.REQ);
+  const lost = assert.rejects(asked, /silent/);
+  for (let passed = 0; passed < 600; passed += 100) t.mock.timers.tick(100);
+  assert.equal((await peer.next()).type, TYPE.PING);
+  for (let passed = 0; passed < 2_000; passed += 100) t.mock.timers.tick(100);
+  await lost;
+});
+
+test("a reply that stalls is cancelled, though the peer lives", async (t) => {
+  t.mock.timers.enable({ apis: ["setInterval", "Date"] });
+  const { connection, peer } = await pair();
+  const asked = connection.request("info", {}, EMPTY, { most: 100_000 });
+  const lost = assert.rejects(asked, /stalled/);
+  peer.send(TYPE.RES, 1, 0, { size: 100_000 });
+  for (let passed = 0; passed < 10_100; passed += 100) {
+    if (passed % 300 === 0) peer.send(TYPE.DATA, 1, 0, Uint8Array.of(1)); // a dribble is no progress
+    for (let turn = 0; turn < 10; turn++) await Promise.resolve();
+    t.mock.timers.tick(100);
+  }
+  await lost;
+  assert.equal((await peer.next()).type, TYPE.REQ);
+  assert.equal((await peer.next()).type, TYPE.CANCEL);
+  connection.open.clear();
 });
 
 test("GOAWAY fails what was not taken, and nothing new is asked", async () => {
