@@ -7,6 +7,7 @@ waiting for Trio inside of a callback would block that loop, and `close` waits f
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -50,6 +51,8 @@ class Mdns:
     @classmethod
     def open(cls, own: Sequence[LocalAddress]) -> Mdns:
         """Join the group on the links of `own`. Raises MdnsError."""
+        # It warns of every packet that a network does not take; what a user should know, MdnsError says once
+        logging.getLogger("zeroconf").setLevel(logging.CRITICAL)
         chosen = [str(each.ip) for each in sockets_for(own)]
         try:
             version = zeroconf.IPVersion.V4Only

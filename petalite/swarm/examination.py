@@ -14,10 +14,10 @@ import trio
 
 from petalite.errors import GoAwayCode, HandshakeError, HandshakeFault, PeerLost, RequestError
 from petalite.identity import Address, PeerId
-from petalite.lan.addresses import LocalAddress, lan_addresses
+from petalite.lan.addresses import LocalAddress
 from petalite.lan.announcement import Kind
 from petalite.lan.book import Sighting
-from petalite.lan.interfaces import all_addresses
+from petalite.lan.interfaces import all_addresses, usable_addresses
 from petalite.limits import HANDSHAKE_SECONDS, REACH_SECONDS
 from petalite.net.connection import PeerConnection
 from petalite.swarm.diagnosis import Findings, Outcome, PeerFinding, Served, Wanted
@@ -57,6 +57,7 @@ async def examine(
     await _look(node, seconds)
     sightings = dict(node.lan.sightings()) if node.lan else {}
     neighbours = await trio.to_thread.run_sync(all_addresses)
+    usable = await trio.to_thread.run_sync(usable_addresses)
     heard = {place for each in sightings.values() if each.kind is Kind.OURS for place in each.addresses}
     found: list[PeerFinding] = []
     limiter = trio.CapacityLimiter(_AT_ONCE)
@@ -75,7 +76,7 @@ async def examine(
         lan=node.lan is not None,
         lan_problem=node.lan.problem if node.lan else "",
         interfaces=tuple(each.scoped for each in using),
-        loopback_only=bool(using) and not lan_addresses(neighbours),
+        loopback_only=node.lan is not None and all(each.ip.is_loopback for each in usable),
         seconds=seconds,
         seen=Counter(each.kind for each in sightings.values()),
         peers=tuple(await _dialled_back(node, peers)),

@@ -19,6 +19,7 @@ from petalite.limits import GOODBYE_SECONDS
 from petalite.net.connection import PeerConnection
 from petalite.net.endpoint import Endpoint, open_endpoint
 from petalite.swarm.directory import Directory, Source, given, place_of
+from petalite.swarm.reach import reach_handler
 from petalite.swarm.routing import Bans, Needs, NoRoute, Route, plan_inference
 from petalite.swarm.saved import load_contacts, save_contacts
 
@@ -61,6 +62,8 @@ class Node:
         self.directory.dht = self.dht
         await self._nursery.start(self.dht.run)
         await self._nursery.start(self.directory.run)
+        if addresses:
+            self.endpoint.handlers["reach"] = reach_handler(self.endpoint)
         given(self.directory, self.peers)
         self._contacts = contacts
         saved = load_contacts(contacts) if contacts else []
