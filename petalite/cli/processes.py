@@ -18,8 +18,9 @@ import trio
 
 from petalite.cli.output import Advance, line_of, progress
 from petalite.errors import PetaliteError
-from petalite.identity import Address
+from petalite.identity import Address, Identity
 from petalite.net.nursery import open_flat_nursery
+from petalite.swarm.node import open_node
 
 START_SECONDS = 120.0
 CACHE = "256M"
@@ -48,9 +49,11 @@ async def running_servers(
         async with open_flat_nursery() as nursery:
             await nursery.start(_end_at_signals)
             try:
-                with progress("starting servers", len(spans), "servers") as advance:
-                    servers = await _start(model, spans, Path(state), processes, advance, meanwhile)
-                yield sorted(servers, key=lambda server: server.blocks)
+                async with _meeting_point() as first:
+                    with progress("starting servers", len(spans), "servers") as advance:
+                        launch = _Launch(model, Path(state), first, len(spans), processes)
+                        servers = await _start(launch, spans, advance, meanwhile)
+                    yield sorted(servers, key=lambda server: server.blocks)
             finally:
                 for process in processes:
                     process.kill()
@@ -58,6 +61,15 @@ async def running_servers(
                     for process in processes:
                         await process.wait()
             nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def _meeting_point() -> AsyncIterator[Address]:
+    """A node without a model, in this process, through which the servers find each other."""
+    async with open_node(Identity.generate()) as node:
+        (address,) = await node.endpoint.listen("127.0.0.1", 0)
+        await node.start(lan=False, addresses=[address])
+        yield address
 
 
 async def _end_at_signals(*, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -68,22 +80,25 @@ async def _end_at_signals(*, task_status: trio.TaskStatus[None] = trio.TASK_STAT
             raise click.exceptions.Exit(128 + number)
 
 
+@dataclass(frozen=True, slots=True)
+class _Launch:
+    """What all servers of one command have in common; `processes` grows with each."""
+
+    model: str
+    state: Path
+    first: Address
+    count: int
+    processes: list[trio.Process]
+
+
 async def _start(
-    model: str,
+    launch: _Launch,
     spans: Sequence[tuple[int, int]],
-    state: Path,
-    processes: list[trio.Process],
     advance: Advance,
     meanwhile: Callable[[], Awaitable[None]] | None,
 ) -> list[ServerProcess]:
-    """Start all at once and wait until each is ready; `processes` grows with them."""
+    """Start all at once and wait until each is ready."""
     servers: list[ServerProcess] = []
-
-    async def start(span: tuple[int, int]) -> None:
-        log = state / f"{len(processes)}.log"
-        process = await _spawn(model, span, state, log, len(spans))
-        processes.append(process)
-        nursery.start_soon(ready, process, span, log)
 
     async def ready(process: trio.Process, span: tuple[int, int], log: Path) -> None:
         servers.append(ServerProcess(process, await _first_address(process, log), span))
@@ -91,8 +106,9 @@ async def _start(
 
     with trio.move_on_after(START_SECONDS):
         async with open_flat_nursery() as nursery:
-            for span in spans:
-                await start(span)
+            for number, span in enumerate(spans):
+                log = launch.state / f"{number}.log"
+                nursery.start_soon(ready, await _spawn(launch, span, log), span, log)
             if meanwhile is not None:
                 await meanwhile()
     if len(servers) < len(spans):
@@ -100,20 +116,23 @@ async def _start(
     return servers
 
 
-async def _spawn(model: str, span: tuple[int, int], state: Path, log: Path, count: int) -> trio.Process:
+async def _spawn(launch: _Launch, span: tuple[int, int], log: Path) -> trio.Process:
     """A server that lives no longer than this process: it ends when its stdin closes."""
-    environment = {**os.environ, "XDG_STATE_HOME": str(state)}
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // (count + 1))))
-    words = ["serve", model, "--blocks", f"{span[0]}:{span[1]}", "--listen", "127.0.0.1:0", "--cache", CACHE]
+    environment = {**os.environ, "XDG_STATE_HOME": str(launch.state)}
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // (launch.count + 1))))
+    words = ["serve", launch.model, "--blocks", f"{span[0]}:{span[1]}", "--listen", "127.0.0.1:0", "--cache", CACHE]
+    words += ["--peer", str(launch.first), "--no-lan", "--json"]
     with log.open("wb") as stderr:  # a pipe that nobody reads would fill and stop the server
-        return await trio.lowlevel.open_process(
-            [sys.executable, "-m", "petalite.cli.child", *words, "--no-lan", "--json"],
+        process = await trio.lowlevel.open_process(
+            [sys.executable, "-m", "petalite.cli.child", *words],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stderr,
             env=environment,
             start_new_session=True,  # Ctrl-C in the terminal is ours to pass on
         )
+    launch.processes.append(process)
+    return process
 
 
 async def _first_address(process: trio.Process, log: Path) -> Address:
