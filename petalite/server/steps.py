@@ -73,16 +73,15 @@ class Steps:
         message = messages.Await.from_wire(call.head)
         session = self._table.find(call.peer, message.sid, trio.current_time())
         call.progress("queued")
+        entry = None
         with _watching(session, message.n) as changes:
-            while True:
+            while entry is None:
                 if changes.watcher.error is not None:
                     raise _copied(changes.watcher.error)
                 entry = self._table.awaited(session, message.n, trio.current_time())
-                if isinstance(entry, Answer):
-                    return self._reply(entry)
-                if isinstance(entry, Running):
-                    return self._reply(await self._join(session, entry, call))
-                await changes.wait()
+                if entry is None:
+                    await changes.wait()
+        return self._reply(entry if isinstance(entry, Answer) else await self._join(session, entry, call))
 
     def _reply(self, answer: Answer) -> Reply:
         batch, tokens, _ = answer.tensors[0].shape

@@ -48,9 +48,15 @@ def hidden(tokens: int, batch: int = 1, seed: int = 0) -> torch.Tensor:
 
 
 def open_message(number: int = 1, **changes: Any) -> messages.Open:
-    fields: dict[str, Any] = dict(
-        sid=sid(number), model=MODEL, blocks=(0, 4), max_len=16, batch=1, dtype="f32", codec="raw"
-    )
+    fields: dict[str, Any] = {
+        "sid": sid(number),
+        "model": MODEL,
+        "blocks": (0, 4),
+        "max_len": 16,
+        "batch": 1,
+        "dtype": "f32",
+        "codec": "raw",
+    }
     return messages.Open(**(fields | changes))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
+
 from petalite.bloom.cache import CachePool
 from petalite.errors import LocalProtocolError, RequestError
 from petalite.server.sessions import Answer, Session, no_session
