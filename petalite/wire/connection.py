@@ -190,9 +190,10 @@ class Connection:
             self._replier.handle_timer(now)
         if self.leaving:
             return
-        if now - self._opened_at >= limits.CONNECTION_AGE_SECONDS:
+        # The very sums of next_timer: differences round otherwise, and the timer would be due and have nothing to do.
+        if now >= self._opened_at + limits.CONNECTION_AGE_SECONDS:
             self.send_goaway(GoAwayCode.AGE)
-        elif now - self.busy_at >= self.idle_seconds:
+        elif now >= self.busy_at + self.idle_seconds:
             self.send_goaway(GoAwayCode.IDLE)
 
     def _look_for_life(self, now: float) -> None:
