@@ -9,7 +9,7 @@ import trio
 from petalite.cli.options import GenerationOptions, SwarmOptions
 from petalite.cli.output import TextStream, notice
 from petalite.cli.stdin import Lines
-from petalite.cli.story import generation_from, join_as_told, load, reading_bar
+from petalite.cli.story import check_room, generation_from, join_as_told, load, longest_session, reading_bar
 from petalite.client.api import RemoteModel
 from petalite.client.generation import Generation, TokenRow, stream_pieces
 from petalite.client.session import InferenceSession
@@ -22,7 +22,7 @@ async def converse(name: str, options: GenerationOptions, swarm: SwarmOptions) -
     """Answer lines of stdin until an empty one or the end."""
     async with join_as_told(swarm) as joined:
         model = await load(joined, name, options)
-        async with model.session(max_len=FIRST_ROOM) as session:
+        async with model.session(max_len=min(FIRST_ROOM, longest_session(model)[0])) as session:
             conversation = Conversation(model, session, generation_from(options))
             lines = Lines(sys.stdin.fileno())
             while (line := await _ask(lines)).strip():
@@ -59,6 +59,7 @@ class Conversation:
         unsent = self._seen[self._session.position :]
         prompt = unsent + self._model.encode(line)
         del self._seen[self._session.position :]
+        check_room(self._model, self._session.position + len(prompt) + self._generation.max_new_tokens)
         row = TokenRow(self._model, self._generation)
         out = TextStream()
         started = trio.current_time()

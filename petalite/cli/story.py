@@ -16,6 +16,7 @@ from petalite.cli.output import TextStream, emit_json, notice, progress
 from petalite.client.api import RemoteModel, Swarm, generation_of, join
 from petalite.client.generation import Generation, TokenRow, check_prompts, stream_pieces
 from petalite.client.session import InferenceSession
+from petalite.errors import PetaliteError
 from petalite.identity import Address
 
 # A prompt of more tokens than this shows a bar while it is read.
@@ -58,6 +59,26 @@ async def load(swarm: Swarm, name: str, options: GenerationOptions) -> RemoteMod
     usable_device(options.device)
     with progress("loading", None):
         return await swarm.load(name, wire=options.wire, device=options.device, notice=notice)
+
+
+def longest_session(model: RemoteModel) -> tuple[int, int]:
+    """How many tokens a session over the servers known now can have, and the block whose servers take no more."""
+    longest = [0] * model.config.n_layer
+    for entry in model.node.directory.entries.values():
+        if entry.info is not None and entry.info.model == model.model_id and entry.info.layers == len(longest):
+            for block in range(*entry.info.blocks):
+                longest[block] = max(longest[block], entry.info.max_len)
+    return min((tokens, block) for block, tokens in enumerate(longest))
+
+
+def check_room(model: RemoteModel, tokens: int) -> None:
+    """Raises PetaliteError where a session of `tokens` would wait in vain for a server with so much cache."""
+    longest, block = longest_session(model)
+    if tokens > longest:
+        raise PetaliteError(
+            f"prompt and answer have up to {tokens:,} tokens together, and the servers of block {block} hold sessions"
+            f" of at most {longest:,}"
+        )
 
 
 async def generate(
@@ -123,6 +144,7 @@ async def tell(
     """Generate and print: the text piece by piece, or with `json` one object at the end."""
     prompt_tokens = model.encode(prompt)
     check_prompts([prompt_tokens])
+    check_room(model, len(prompt_tokens) + generation.max_new_tokens)
     story, row, out = Story(prompt), TokenRow(model, generation), TextStream()
     sent_before = sum(model.node.endpoint.traffic())
     async with model.session(max_len=len(prompt_tokens) + generation.max_new_tokens) as session:
