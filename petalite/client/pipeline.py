@@ -236,6 +236,7 @@ class Pipeline:
                 hop.source != before.peer
                 or hop.state is not HopState.OPEN
                 or hop.busy
+                or self._action_of(hop) is not None
                 or (hop.position, hop.reorder) != (send.start, send.reorder)
                 or hop.max_len < send.end
                 or any(hop.peer == other.hop.peer for other in row)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
@@ -40,6 +41,16 @@ SLOW_AVOID_SECONDS = 30.0
 # A pushed step that has not come so long after the hop before it was done is sent by ourselves.
 PUSH_SECONDS = 1.0
 PUSH_OFF_SECONDS = (5.0, 300.0)
+
+
+@dataclass(slots=True, eq=False)
+class _Part:
+    """One hop's share of a pushed step."""
+
+    send: Send
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    settled: trio.Event = field(default_factory=trio.Event)
+    done: bool = False
 
 
 class InferenceSession:
@@ -360,37 +371,47 @@ class InferenceSession:
         A hop that does not get it in time, and those behind it, are served by ourselves afterwards: the same step
         sent twice is done once.
         """
-        scopes = [trio.CancelScope() for _ in action.sends]
+        parts = [_Part(send) for send in action.sends]
         async with open_flat_nursery() as nursery:
-            for i in range(len(scopes)):
-                nursery.start_soon(self._push_part, action.sends, scopes, i)
-        if all(not scope.cancelled_caught for scope in scopes):
+            for i in range(len(parts)):
+                nursery.start_soon(self._push_part, parts, i)
+        if all(part.done for part in parts):
             self._push_pause = PUSH_OFF_SECONDS[0]
-
-    async def _push_part(self, sends: Sequence[Send], scopes: Sequence[trio.CancelScope], i: int) -> None:
-        send, done = sends[i], False
-        with scopes[i]:
-            if i == 0:
-                done = await self._attempt(send.hop, "step", lambda: self._send(send, sends[1:]))
-                done = done and send.hop.state is HopState.OPEN
-            else:
-                done = await self._attempt(send.hop, "await", lambda: self._await_pushed(send, scopes[i]))
-        if done and i + 1 < len(sends):
-            usual = self._step_seconds.get(sends[i + 1].hop.peer, PUSH_SECONDS)
-            scopes[i + 1].deadline = trio.current_time() + PUSH_SECONDS + 3 * usual
-        elif not done:
+        else:
             self._push_at = trio.current_time() + self._push_pause
             self._push_pause = min(2 * self._push_pause, PUSH_OFF_SECONDS[1])
-            for scope in scopes[i + 1 :]:
-                scope.cancel()
 
-    async def _await_pushed(self, send: Send, scope: trio.CancelScope) -> None:
+    async def _push_part(self, parts: Sequence[_Part], i: int) -> None:
+        part, hop = parts[i], parts[i].send.hop
+        with part.scope:
+            if i == 0:
+                following = [later.send for later in parts[1:]]
+                await self._attempt(hop, "step", lambda: self._send(part.send, following))
+                part.done = hop.state is HopState.OPEN and hop.position == part.send.end
+            else:
+                await self._attempt(hop, "await", lambda: self._await_pushed(parts[i - 1], part))
+        part.settled.set()
+        if not part.done:
+            for later in parts[i + 1 :]:
+                later.scope.cancel()
+        elif i + 1 < len(parts):
+            usual = self._step_seconds.get(parts[i + 1].send.hop.peer, PUSH_SECONDS)
+            parts[i + 1].scope.deadline = trio.current_time() + PUSH_SECONDS + 3 * usual
+
+    async def _await_pushed(self, before: _Part, part: _Part) -> None:
+        """Take the outcome of a pushed step, but only where that of the hop before was good: it fed this one."""
         try:
-            self._took(send, await self._calls.await_pushed(send))
+            outcome = await self._calls.await_pushed(part.send)
+            await before.settled.wait()
         except trio.Cancelled:
-            if not scope.cancel_called:  # by our caller: what follows may be another step
-                self._pipeline.cut_off(send)
+            if not (part.scope.cancel_called and before.done):  # else just late: we send the very same step
+                self._pipeline.cut_off(part.send)
             raise
+        if before.done:
+            self._took(part.send, outcome)
+            part.done = True
+        else:
+            self._pipeline.cut_off(part.send)
 
     # Judging
 
@@ -410,7 +431,8 @@ class InferenceSession:
             self._lose(hop, error.text, ban=verdict is Verdict.BAN)
 
     def _lose(self, hop: Hop, why: str, *, ban: bool) -> None:
-        self._judge.note(f"{hop}: {why}")
+        why = why.removeprefix(f"connection to peer {hop.peer.short}.. ended: ")
+        self._judge.note(f"peer {hop}: {why}")
         if ban:
             self._planner.failed(hop.peer)
         if hop.state is not HopState.NEW:

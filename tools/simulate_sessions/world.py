@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import trio
 
+from petalite import limits
 from petalite.bloom.config import BloomConfig
 from petalite.bloom.loading import load_embeddings, load_head, load_span
 from petalite.bloom.manifest import load_or_make
@@ -84,12 +85,14 @@ class Host(MemoryHost):
         """As SIGSTOP: nothing is read any more; new connections are taken by the system and hang."""
         self.stopped = True
         for transport in self.transports:
-            transport.freeze()
+            _stop(transport)
 
     def resume(self) -> None:
         self.stopped = self.dead = False
         for transport in self.transports:
             transport.thaw()
+            transport._out.frozen = False
+            transport._out.notify()
 
     def die(self) -> None:
         """As SIGKILL: connections break, new ones are refused."""
@@ -110,7 +113,7 @@ class Host(MemoryHost):
                 transport.reset()
                 return
             if self.stopped:
-                transport.freeze()
+                _stop(transport)
             self.transports.append(transport)
             try:
                 await accept(transport)
@@ -119,6 +122,12 @@ class Host(MemoryHost):
                     self.transports.remove(transport)
 
         await super().serve(host, port, take, task_status=task_status)
+
+
+def _stop(transport: MemoryTransport) -> None:
+    """Nothing is read, and what this end writes does not arrive."""
+    transport.freeze()
+    transport._out.frozen = True
 
 
 @dataclass
@@ -194,7 +203,9 @@ class World:
         self._nursery = nursery
         self._tap = tap
 
-    async def add(self, start: int, end: int, rate: float, *, push: bool, idle_seconds: float) -> Place:
+    async def add(
+        self, start: int, end: int, rate: float, *, push: bool, idle_seconds: float, session_seconds: float
+    ) -> Place:
         """One more server."""
         name = f"10.0.{len(self.places)}.1"
         host = Host(self.net, name)
@@ -203,6 +214,7 @@ class World:
             self.parts.local.manifest,
             self.parts.local.name,
             cache_tokens=CACHE_TOKENS,
+            idle_seconds=session_seconds,
             runner=run_blocks_inline,
         )
         endpoint = await self._nursery.start(self._run_server, server, host, idle_seconds)
@@ -262,14 +274,18 @@ async def open_world(
     tap: Tap = no_tap,
     push: bool = True,
     idle_seconds: float = 10.0,
+    session_seconds: float = limits.SESSION_IDLE_SECONDS,
     net: MemoryNet | None = None,
 ) -> AsyncIterator[World]:
-    """Servers of `spans`, and slower ones of `spares`, which are used when the others fail."""
+    """Servers of `spans`, and slower ones of `spares`, which are used when the others fail.
+
+    Connections are closed after `idle_seconds` without use, sessions dropped after `session_seconds`.
+    """
     async with trio.open_nursery() as nursery:
         world = World(parts, net or MemoryNet(), nursery, tap)
-        for rate, group in ((1000.0, spans), (100.0, spares)):
+        for rate, group in ((1000.0, spans), (1.0, spares)):
             for start, end in group:
-                await world.add(start, end, rate, push=push, idle_seconds=idle_seconds)
+                await world.add(start, end, rate, push=push, idle_seconds=idle_seconds, session_seconds=session_seconds)
         yield world
         nursery.cancel_scope.cancel()
 
