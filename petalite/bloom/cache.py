@@ -116,6 +116,11 @@ class CachePool:
         self._free: list[tuple[int, int]] = [(0, capacity)] if capacity else []
 
     @property
+    def arenas(self) -> Sequence[Tensor]:
+        """Keys and values of each block, (2, capacity * C): what `Rows.views` are views of."""
+        return self._arenas
+
+    @property
     def free(self) -> int:
         """Token slots not reserved."""
         return sum(slots for _, slots in self._free)

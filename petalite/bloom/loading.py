@@ -52,7 +52,7 @@ def load_span(
         with torch.device("meta"):
             block = Block(config)
         if quantize == "int8":
-            _use_int8(block)
+            use_int8(block)
         blocks.append(reader.fill(block, block_prefix(index)))
         report(len(blocks), end - start)
     return Span(config, start, end, blocks)
@@ -156,7 +156,7 @@ class _Reader:
         self.manifest.check_tensor(name, info, sha.hexdigest())
 
 
-def _use_int8(block: nn.Module) -> None:
+def use_int8(block: nn.Module) -> None:
     """Put Int8Linear in every Linear's place."""
     for parent in list(block.modules()):
         for name, child in list(parent.named_children()):

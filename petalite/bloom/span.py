@@ -112,12 +112,17 @@ class Span(nn.Module):
             raise LocalProtocolError(f"{hidden.shape[0]} tokens do not fill the {len(parts)} parts of the batch")
         return windows
 
-    def _part_window(self, part: Part, device: torch.device) -> Window:
+    def check_part(self, part: Part) -> None:
+        """Raises `LocalProtocolError` where the rows are of another span's cache, or too short."""
         rows, T, position = part.rows, part.tokens, part.position
         if len(rows.views) != len(self._layers):
             raise LocalProtocolError(f"rows of a cache for {len(rows.views)} blocks, span of {len(self._layers)}")
         if T < 1 or position < 0 or position + T > rows.length:
             raise LocalProtocolError(f"{T} tokens at position {position} do not fit rows of {rows.length} slots")
+
+    def _part_window(self, part: Part, device: torch.device) -> Window:
+        self.check_part(part)
+        rows, T, position = part.rows, part.tokens, part.position
         return self._window(rows.batch, T, position, part.pad, rows.views, device)
 
     def _window(

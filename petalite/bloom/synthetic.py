@@ -9,8 +9,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from petalite.bloom.blocks import Block
 from petalite.bloom.checkpoint import INDEX_FILE, PREFIX, SINGLE_FILE, tensor_shapes
 from petalite.bloom.config import CONFIG_FILE, BloomConfig
+from petalite.bloom.loading import use_int8
+from petalite.bloom.span import Span
 
 # The spec's tiny model (spec: model, "The formula model").
 FORMULA_CONFIG = BloomConfig(
@@ -109,3 +112,51 @@ def _random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator
     if name == "word_embeddings.weight":
         return noise.mul_(0.1)
     return noise.mul_(1 / shape[1] ** 0.5)
+
+
+def random_span(
+    config: BloomConfig,
+    start: int,
+    end: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    quantize: bool = False,
+    seed: int = 0,
+) -> Span:
+    """Blocks [start, end) with random weights made on `device`, of about the scale that trained ones have.
+
+    For benchmarks of models that no disk holds: nothing is read, and nothing but the blocks is allocated.
+    """
+    generator = torch.Generator(device=device).manual_seed(seed)
+    blocks = []
+    for _ in range(start, end):
+        with torch.device("meta"):
+            block = Block(config)
+            if quantize:
+                use_int8(block)
+        block = block.to_empty(device=device)
+        for name, tensor in [*block.named_parameters(), *block.named_buffers()]:
+            _fill(name, tensor.data, generator, config.hidden_size)
+        blocks.append(_in_dtype(block, dtype))
+    return Span(config, start, end, blocks)
+
+
+def _fill(name: str, tensor: Tensor, generator: torch.Generator, width: int) -> None:
+    if tensor.dtype == torch.int8:
+        tensor.random_(-127, 128, generator=generator)
+    elif name.endswith("scale"):
+        tensor.fill_(1 / (73 * width**0.5))  # the codes' spread is 73
+    elif "layernorm" in name and name.endswith("weight"):
+        tensor.fill_(1.0)
+    elif name.endswith("bias"):
+        tensor.zero_()
+    else:
+        tensor.normal_(0.0, width**-0.5, generator=generator)
+
+
+def _in_dtype(block: Block, dtype: torch.dtype) -> Block:
+    """All but codes and scales in `dtype`."""
+    for parameter in block.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return block.requires_grad_(False).eval()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import trio
 
 from petalite import __version__, limits
 from petalite.bloom.cache import CachePool
+from petalite.bloom.fast import accelerate
 from petalite.bloom.manifest import Manifest
 from petalite.bloom.span import Span
 from petalite.errors import RequestError
@@ -89,6 +90,12 @@ class BlockServer:
             version=__version__,
             push=self.pusher.enabled or None,
         )
+
+    def accelerate(self, progress: Callable[[int, int], None] | None = None) -> str:
+        """Take the fast way where there is one (CUDA); "" or why not. Blocking, and before `run`."""
+        fast, reason = accelerate(self.span, self.pool, progress)
+        self.span = self._subspans[fast.start, fast.end] = fast
+        return reason
 
     def holds(self, owner: PeerId, sid: bytes) -> bool:
         """Whether a session is here."""

@@ -299,6 +299,10 @@ class Service:
             idle_seconds=options.idle_seconds,
             runner=self._runner or CountedThreads(threads),
         )
+        if options.device.type == "cuda":
+            reason = await self._blocking(lambda: server.accelerate(partial(self._progress, "warming up")))
+            if reason:
+                self._notice(f"running without CUDA graphs: {reason}")
         if options.push:
             server.pusher.enable(self.node.endpoint.peer_id, self._send_push)
         if self._nursery is None:

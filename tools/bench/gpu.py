@@ -1,0 +1,382 @@
+"""BLOOM geometries on CUDA through real server processes: steps/s, batches, prefill, against transformers.
+
+Weights are random and made on the device. Each part runs in processes of its own, one after another, so that each has
+the memory to itself; one server process a GPU. Without CUDA the same script runs a tiny geometry on the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import trio
+
+from petalite.bloom.blocks import Embeddings, Head
+from petalite.bloom.cache import CachePool
+from petalite.bloom.config import BloomConfig
+from petalite.bloom.fast import accelerate
+from petalite.bloom.manifest import Manifest
+from petalite.bloom.span import Part, Span
+from petalite.bloom.synthetic import random_span
+from petalite.client.session import InferenceSession
+from petalite.identity import Address, Identity
+from petalite.net.endpoint import open_endpoint
+from petalite.server.blockserver import BlockServer
+from petalite.swarm.node import Node, open_node
+from tools.bench._result import Result, machine
+
+GEOMETRIES = {
+    "tiny": BloomConfig(hidden_size=256, n_head=4, n_layer=4, vocab_size=1024),
+    "7b1": BloomConfig(hidden_size=4096, n_head=32, n_layer=30, vocab_size=250_880),
+    "176b": BloomConfig(hidden_size=14_336, n_head=112, n_layer=70, vocab_size=250_880),
+}
+STEPS = 40
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", choices=GEOMETRIES, default="7b1" if torch.cuda.is_available() else "tiny")
+    parser.add_argument("--quantize", action="store_true", help="int8 weights")
+    parser.add_argument("--layers", type=int, help="only so many blocks, where one GPU must do for more")
+    parser.add_argument("--prefixes", type=int, nargs="+", default=[128])
+    parser.add_argument("--sessions", type=int, nargs="+", default=[8])
+    parser.add_argument("--check", action="store_true", help="compare the fast block with the plain one, and time both")
+    parser.add_argument("--no-transformers", action="store_true", help="leave out the comparison")
+    parser.add_argument("--serve", metavar="JSON", help=argparse.SUPPRESS)
+    parser.add_argument("--transformers", action="store_true", help=argparse.SUPPRESS)
+
+
+def run(arguments: argparse.Namespace) -> Result | None:
+    config = _config(arguments)
+    if arguments.serve:
+        trio.run(_serve, config, arguments, json.loads(arguments.serve))
+        return None
+    if arguments.transformers:
+        print(json.dumps(_transformers(config, arguments.prefixes)))
+        return None
+    gpus = torch.cuda.device_count()
+    name = torch.cuda.get_device_name(0) if gpus else "no GPU"
+    result = Result(
+        "gpu", {**machine(), "GPUs": f"{gpus} x {name}", "torch": torch.__version__, "blocks": config.n_layer}
+    )
+    if arguments.check:
+        _check(config, result)
+        return result
+    theirs: dict[str, float] = {}
+    if not arguments.no_transformers:
+        out = _this_script(arguments, "--transformers", "--prefixes", *map(str, arguments.prefixes))
+        theirs = json.loads(subprocess.run(out, capture_output=True, check=True, text=True).stdout.splitlines()[-1])
+    with _servers(config, arguments) as addresses:
+        trio.run(_measure, config, arguments, addresses, theirs, result)
+    return result
+
+
+def _config(arguments: argparse.Namespace) -> BloomConfig:
+    config = GEOMETRIES[arguments.model]
+    layers = arguments.layers or config.n_layer
+    return BloomConfig(
+        hidden_size=config.hidden_size, n_head=config.n_head, n_layer=layers, vocab_size=config.vocab_size
+    )
+
+
+def _this_script(arguments: argparse.Namespace, *words: str) -> list[str]:
+    command = [sys.executable, str(Path(__file__).parent), "gpu", "--model", arguments.model, *words]
+    if arguments.layers:
+        command += ["--layers", str(arguments.layers)]
+    return command + (["--quantize"] if arguments.quantize else [])
+
+
+def _device(index: int = 0) -> torch.device:
+    return torch.device("cuda", index % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _dtype() -> torch.dtype:
+    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+
+
+def _sync() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+# --- servers ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _servers(config: BloomConfig, arguments: argparse.Namespace) -> Iterator[list[Address]]:
+    """One server process a GPU, the blocks shared evenly; ended with the block."""
+    count = max(1, torch.cuda.device_count())
+    borders = [config.n_layer * i // count for i in range(count + 1)]
+    processes = []
+    try:
+        for index in range(count):
+            told = json.dumps({"start": borders[index], "end": borders[index + 1], "gpu": index})
+            command = _this_script(arguments, "--serve", told)
+            processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        yield [Address.parse(_line(process)) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def _line(process: subprocess.Popen[str]) -> str:
+    line = process.stdout.readline() if process.stdout else ""
+    if not line:
+        raise RuntimeError(f"a server ended with {process.wait()}")
+    return line.strip()
+
+
+async def _serve(config: BloomConfig, arguments: argparse.Namespace, told: dict[str, int]) -> None:
+    device = _device(told["gpu"])
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(1)
+    span = random_span(config, told["start"], told["end"], dtype=_dtype(), device=device, quantize=arguments.quantize)
+    server = BlockServer(span, Manifest(config, {}), "bench", cache_tokens=32_768 if device.type == "cuda" else 8192)
+    reason = server.accelerate()
+    print(reason or "fast", file=sys.stderr, flush=True)
+    async with open_endpoint(Identity.generate(), handlers=server.methods) as endpoint, trio.open_nursery() as nursery:
+        await nursery.start(server.run)
+        (address,) = await endpoint.listen("127.0.0.1", 0)
+        print(address, flush=True)
+        await trio.sleep_forever()
+
+
+# --- client ----------------------------------------------------------------------------------------------------------
+
+
+class _Ends:
+    """Embeddings and head with random weights, tied, on the first device."""
+
+    def __init__(self, config: BloomConfig) -> None:
+        device = _device()
+        self.embeddings = Embeddings(config).to(device=device, dtype=_dtype())
+        self.head = Head(config).to(device=device, dtype=_dtype())
+        self.head.lm_head.weight = self.embeddings.word_embeddings.weight
+        self.device = device
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            hidden: torch.Tensor = self.embeddings(tokens.to(self.device))
+            return hidden.cpu()
+
+    def next(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states of one position -> the next token's embedding."""
+        with torch.inference_mode():
+            logits = self.head(hidden[:, -1:].to(self.device))
+            embedded: torch.Tensor = self.embeddings(logits.argmax(dim=-1))
+            return embedded.cpu()
+
+
+async def _measure(
+    config: BloomConfig,
+    arguments: argparse.Namespace,
+    addresses: list[Address],
+    theirs: dict[str, float],
+    result: Result,
+) -> None:
+    ends = await trio.to_thread.run_sync(_Ends, config)
+    async with open_node(Identity.generate(), peers=addresses) as node:
+        await node.start(lan=False)
+        node.directory.watch(Manifest(config, {}).model_id, config.n_layer, config.hidden_size)
+        await node.directory.refresh()
+        for prefix in arguments.prefixes:
+            steps, prefill = await _generate(node, config, ends, prefix)
+            row: dict[str, Any] = {"prefix": prefix, "steps/s": steps, "prefill tokens/s": prefill}
+            row["transformers steps/s"] = theirs.get(f"steps {prefix}", "-")
+            row["transformers prefill"] = theirs.get(f"prefill {prefix}", "-")
+            row["steps ratio"] = steps / theirs[f"steps {prefix}"] if theirs else "-"
+            row["prefill ratio"] = prefill / theirs[f"prefill {prefix}"] if theirs else "-"
+            result.rows.append(row)
+        alone = await _together(node, config, ends, 1)
+        for sessions in arguments.sessions:
+            rates = await _together(node, config, ends, sessions)
+            share = min(rates) / (sum(rates) / sessions)
+            result.rows.append(
+                {
+                    "sessions": sessions,
+                    "steps/s in all": sum(rates),
+                    "times one session": sum(rates) / alone[0],
+                    "least share": share,
+                }
+            )
+
+
+def _session(node: Node, config: BloomConfig, max_len: int) -> InferenceSession:
+    dtype = "bf16" if torch.cuda.is_available() else "f32"
+    return InferenceSession(
+        node, Manifest(config, {}).model_id, layers=config.n_layer, hidden=config.hidden_size, batch=1,
+        max_len=max_len, dtype=dtype, codec="raw",
+    )  # fmt: skip
+
+
+async def _generate(node: Node, config: BloomConfig, ends: _Ends, prefix: int) -> tuple[float, float]:
+    """Steps/s of greedy decoding behind `prefix` tokens, head and embeddings included; tokens/s of the prefill."""
+    tokens = torch.arange(prefix)[None] % config.vocab_size
+    hidden = await trio.to_thread.run_sync(ends.embed, tokens)
+    prefills = []
+    for _ in range(3):
+        async with _session(node, config, prefix + STEPS + 8) as session:
+            started = time.perf_counter()
+            output = await session.step(hidden)
+            prefills.append(time.perf_counter() - started)
+            times = []
+            for _ in range(STEPS):
+                started = time.perf_counter()
+                token = await trio.to_thread.run_sync(ends.next, output)
+                output = await session.step(token)
+                times.append(time.perf_counter() - started)
+    return 1 / median(times), prefix / min(prefills)
+
+
+async def _together(node: Node, config: BloomConfig, ends: _Ends, sessions: int) -> list[float]:
+    """Steps/s of each of several sessions that decode at once, hidden states only (no head)."""
+    rates = [0.0] * sessions
+    hidden = await trio.to_thread.run_sync(ends.embed, torch.arange(128)[None] % config.vocab_size)
+    ready = 0
+    go = trio.Event()
+
+    async def decode(index: int) -> None:
+        nonlocal ready
+        async with _session(node, config, 128 + STEPS + 8) as session:
+            await session.step(hidden)
+            ready += 1
+            if ready == sessions:
+                go.set()
+            await go.wait()
+            started = time.perf_counter()
+            for _ in range(STEPS):
+                await session.step(hidden[:, :1])
+            rates[index] = STEPS / (time.perf_counter() - started)
+
+    async with trio.open_nursery() as nursery:
+        for index in range(sessions):
+            nursery.start_soon(decode, index)
+    return rates
+
+
+# --- transformers ----------------------------------------------------------------------------------------------------
+
+
+def _transformers(config: BloomConfig, prefixes: list[int]) -> dict[str, float]:
+    """Steps/s and prefill tokens/s of transformers' own model with the same geometry, batch 1."""
+    from transformers import BloomConfig as TheirConfig
+    from transformers import BloomForCausalLM
+
+    torch.set_default_dtype(_dtype())
+    with _device():
+        model = BloomForCausalLM(
+            TheirConfig(
+                hidden_size=config.hidden_size, n_head=config.n_head, n_layer=config.n_layer,
+                vocab_size=config.vocab_size,
+            )
+        ).eval()  # type: ignore[no-untyped-call]  # fmt: skip
+    found = {}
+    with torch.inference_mode():
+        for prefix in prefixes:
+            ids = torch.arange(prefix, device=_device())[None] % config.vocab_size
+            prefills, times = [], []
+            for _ in range(3):
+                started = time.perf_counter()
+                out = model(ids, use_cache=True, logits_to_keep=1)
+                _sync()
+                prefills.append(time.perf_counter() - started)
+            for _ in range(STEPS):
+                started = time.perf_counter()
+                token = out.logits[:, -1:].argmax(dim=-1)
+                out = model(token, past_key_values=out.past_key_values, use_cache=True)
+                _sync()
+                times.append(time.perf_counter() - started)
+            found[f"steps {prefix}"] = 1 / median(times)
+            found[f"prefill {prefix}"] = prefix / min(prefills)
+    return found
+
+
+# --- the fast block --------------------------------------------------------------------------------------------------
+
+
+def _check(config: BloomConfig, result: Result) -> None:
+    """Fast against plain on the same weights, rows of different lengths and paddings, and the times of both."""
+    blocks = min(4, config.n_layer)
+    for quantize in (False, True):
+        span = random_span(config, 0, blocks, dtype=_dtype(), device=_device(), quantize=quantize)
+        pool = CachePool(config, blocks, 16_384, dtype=span.dtype, device=span.device)
+        fast, reason = accelerate(span, pool)
+        for batch in (1, 3, 8, 16):
+            error = _difference(span, fast, pool, batch)
+            plain_seconds, fast_seconds = (_step_seconds(each, pool, batch) for each in (span, fast))
+            result.rows.append(
+                {
+                    "weights": "int8" if quantize else "bf16",
+                    "rows": batch,
+                    "relative error": error,
+                    "plain ms a block": plain_seconds / blocks * 1e3,
+                    "fast ms a block": fast_seconds / blocks * 1e3,
+                    "GB/s of weights": span.weight_bytes / fast_seconds / 1e9,
+                    "way": reason or "graph",
+                }
+            )
+    result.rows.append({"copy GB/s": _copy_rate()})
+
+
+def _rows(pool: CachePool, batch: int, hidden: int) -> list[Part]:
+    parts = []
+    for i in range(batch):
+        rows = pool.reserve(1, 64 + 16 * i)
+        parts.append(Part(rows, 1, 30 + 7 * i, [i % 5]))
+    return parts
+
+
+def _difference(span: Span, fast: Span, pool: CachePool, batch: int) -> float:
+    """Largest relative difference of a row's output, after the same prefill."""
+    C = span.config.hidden_size
+    parts = _rows(pool, batch, C)
+    generator = torch.Generator(device=span.device).manual_seed(batch)
+    with torch.inference_mode():
+        for part in parts:
+            before = torch.randn(part.position, C, generator=generator, device=span.device).to(span.dtype)
+            span.step_batch(before, [Part(part.rows, part.position, 0, part.pad)])
+        hidden = torch.randn(batch, C, generator=generator, device=span.device).to(span.dtype)
+        plain = span.step_batch(hidden, parts).float()
+        quick = fast.step_batch(hidden, parts).float()
+    for part in parts:
+        pool.release(part.rows)
+    return float(((plain - quick).norm(dim=1) / (plain - hidden.float()).norm(dim=1)).max())
+
+
+def _step_seconds(span: Span, pool: CachePool, batch: int) -> float:
+    parts = _rows(pool, batch, span.config.hidden_size)
+    hidden = torch.randn(batch, span.config.hidden_size, device=span.device).to(span.dtype)
+    seconds = _timed(lambda: span.step_batch(hidden, parts))
+    for part in parts:
+        pool.release(part.rows)
+    return seconds
+
+
+def _timed(action: Callable[[], object], rounds: int = 20) -> float:
+    times = []
+    with torch.inference_mode():
+        for _ in range(rounds):
+            _sync()
+            started = time.perf_counter()
+            action()
+            _sync()
+            times.append(time.perf_counter() - started)
+    return median(times[3:])
+
+
+def _copy_rate() -> float:
+    """GB/s read and written by a plain copy of 1 GiB (64 MiB on a CPU)."""
+    source = torch.zeros(2**30 if torch.cuda.is_available() else 2**26, dtype=torch.uint8, device=_device())
+    into = torch.empty_like(source)
+    return 2 * source.numel() / _timed(lambda: into.copy_(source)) / 1e9
