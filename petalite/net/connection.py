@@ -14,8 +14,9 @@ from typing import Any
 import trio
 
 from petalite import limits
-from petalite.errors import ErrorCode, GoAwayCode, PeerLost, PetaliteError, RemoteProtocolError, RequestError
+from petalite.errors import GoAwayCode, PeerLost, RemoteProtocolError, RequestError
 from petalite.net.call import Call, Handler, Reply
+from petalite.net.serving import Serving
 from petalite.net.transport import Transport
 from petalite.wire import events
 from petalite.wire.connection import Connection
@@ -24,8 +25,7 @@ from petalite.wire.handshake import Established
 from petalite.wire.hello import Hello
 from petalite.wire.quota import Quota
 from petalite.wire.records import RecordReader, RecordWriter, Scratch
-from petalite.wire.state import StreamState
-from petalite.wire.streams import OwnRequest, PeerRequest
+from petalite.wire.streams import OwnRequest
 from petalite.wire.writer import Priority
 
 __all__ = ["Call", "Handler", "PeerConnection", "Reply"]
@@ -75,7 +75,6 @@ class PeerConnection:
         self.bytes_sent = 0
         self.bytes_received = 0
         self._transport = transport
-        self._handlers = handlers
         self._reader = RecordReader(established.decrypt, established.trailing, scratch)
         self._writer = RecordWriter(established.encrypt, scratch)
         self._core = Connection(
@@ -90,8 +89,7 @@ class PeerConnection:
         self._drained = trio.Event()
         self._pong = trio.Event()
         self._hello_received = trio.Event()
-        self._scopes: dict[PeerRequest, trio.CancelScope] = {}
-        self._handler_nursery: trio.Nursery | None = None
+        self._serving = Serving(self.peer, handlers, self._core, self._flush)
         self._pumps = trio.CancelScope()
 
     # What others ask of it
@@ -185,7 +183,7 @@ class PeerConnection:
         `closed` is set before the last handlers have ended; this returns after them.
         """
         async with trio.open_nursery() as handlers:
-            self._handler_nursery = handlers
+            self._serving.nursery = handlers
             try:
                 async with trio.open_nursery() as pumps:
                     self._pumps = pumps.cancel_scope
@@ -360,13 +358,10 @@ class PeerConnection:
             waiter.settle(error)
 
     def _on_request(self, event: events.RequestReceived) -> None:
-        if self._handler_nursery is not None:
-            self._handler_nursery.start_soon(self._serve, event.request)
+        self._serving.start(event.request)
 
     def _on_cancelled(self, event: events.RequestCancelled) -> None:
-        scope = self._scopes.get(event.request)
-        if scope is not None:
-            scope.cancel()
+        self._serving.cancel(event.request)
 
     def _on_pong(self, event: events.PongReceived) -> None:
         self._pong.set()
@@ -379,41 +374,6 @@ class PeerConnection:
     def _on_silent(self, event: events.PeerSilent) -> None:
         self._note_end(f"no sign of life for {event.seconds:.1f} s")
         self._pumps.cancel()
-
-    async def _serve(self, request: PeerRequest) -> None:
-        """Run the handler of one request; whatever it raises ends this request alone."""
-        scope = trio.CancelScope()
-        if request.deadline_ms is not None:
-            scope.deadline = request.arrived_at + request.deadline_ms / 1000  # PT-STR-040
-        self._scopes[request] = scope
-        try:
-            with scope:
-                reply = await self._handler_of(request)(
-                    Call(self.peer, request.method, request.head, request.data, request)
-                )
-                self._core.send_reply(request, reply.head, reply.body, reply.priority)
-            if scope.cancelled_caught:
-                self._core.send_error(request, RequestError(ErrorCode.DEADLINE, "deadline passed"))
-        except RequestError as error:
-            self._core.send_error(request, error)
-        except PetaliteError as error:
-            log.warning("%s for peer %s failed: %s", ascii(request.method), self.peer.short, error)
-            self._core.send_error(request, RequestError(ErrorCode.INTERNAL, "internal error"))
-        except Exception:  # a bug in one handler must not take other sessions down; it is logged whole
-            log.exception("%s for peer %s failed", ascii(request.method), self.peer.short)
-            self._core.send_error(request, RequestError(ErrorCode.INTERNAL, "internal error"))
-        finally:
-            del self._scopes[request]
-            self._core.finish(request)
-            self._flush()
-
-    def _handler_of(self, request: PeerRequest) -> Handler:
-        if request.state is StreamState.CLOSED:
-            raise RequestError(ErrorCode.CANCELLED, "cancelled before it began")
-        handler = self._handlers.get(request.method)
-        if handler is None:
-            raise RequestError(ErrorCode.UNSUPPORTED, f"method {request.method!a} is not offered")
-        return handler
 
 
 _DISPATCH: dict[type, Callable[[PeerConnection, Any], None]] = {

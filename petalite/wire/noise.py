@@ -176,13 +176,15 @@ class TransportCipher(CipherState):
 
         The two must not overlap. LocalProtocolError: plaintext over 65,519 bytes, or `out` too small.
         """
-        aead = self._keyed()
-        size = len(plaintext) + TAGLEN
-        self._check_sending(size)
-        if len(out) < size:
+        n, aead, size = self.n, self._aead, len(plaintext) + TAGLEN
+        if aead is None or n >= MAX_NONCE or size > MAX_MESSAGE or len(out) < size:
+            self._keyed()
+            self._check_sending(size)
             raise LocalProtocolError(f"a record of {size} bytes does not fit a buffer of {len(out)}")
-        aead.encrypt_into(_nonce(self.n), plaintext, None, out if len(out) == size else memoryview(out)[:size])
-        self._advance()
+        aead.encrypt_into(_nonce(n), plaintext, None, out if len(out) == size else memoryview(out)[:size])
+        self.n = n + 1
+        if self.n % self._rekey_records == 0:
+            self.rekey()
         return size
 
     def decrypt_into(self, ciphertext: Buffer, out: bytearray | memoryview) -> int:
@@ -195,24 +197,21 @@ class TransportCipher(CipherState):
             RemoteProtocolError(DECRYPT): tag or length is wrong. `n` has not moved; close (PT-TRN-064).
             LocalProtocolError: `out` is too small.
         """
-        aead = self._keyed()
-        self._check_receiving(len(ciphertext))
-        size = len(ciphertext) - TAGLEN
-        if len(out) < size:
+        n, aead, size = self.n, self._aead, len(ciphertext) - TAGLEN
+        if aead is None or n >= MAX_NONCE or not 0 <= size <= MAX_MESSAGE - TAGLEN or len(out) < size:
+            self._keyed()
+            self._check_receiving(size + TAGLEN)
             raise LocalProtocolError(f"a plaintext of {size} bytes does not fit a buffer of {len(out)}")
         target = out if len(out) == size else memoryview(out)[:size]
         try:
-            aead.decrypt_into(_nonce(self.n), ciphertext, None, target)
+            aead.decrypt_into(_nonce(n), ciphertext, None, target)
         except InvalidTag:
             target[:] = bytes(size)
             raise RemoteProtocolError("does not decrypt", GoAwayCode.DECRYPT) from None
-        self._advance()
-        return size
-
-    def _advance(self) -> None:
-        self.n += 1
+        self.n = n + 1
         if self.n % self._rekey_records == 0:
             self.rekey()
+        return size
 
 
 class SymmetricState:

@@ -35,25 +35,33 @@ class Outgoing:
         self.priority = priority
         self.on_end = on_end
         self.stream = 0
-        self._pieces = [view for view in map(_bytes_of, body) if view]
+        pieces = []
+        size = 0
+        for piece in body:
+            view = memoryview(piece)
+            if view.format != "B" or view.ndim != 1:
+                view = view.cast("B")
+            if view.nbytes:
+                pieces.append(view)
+                size += view.nbytes
+        self._pieces = pieces
         self._piece = self._at = 0
-        self.size = self.unsent = sum(map(len, self._pieces))
+        self.size = self.unsent = size
 
     def take(self, most: int) -> memoryview:
         """The next at most `most` body bytes, never across two pieces."""
         piece = self._pieces[self._piece]
-        part = piece[self._at : self._at + most]
-        self._at += len(part)
-        self.unsent -= len(part)
-        if self._at == len(piece):
-            self._piece += 1
-            self._at = 0
+        left = piece.nbytes - self._at
+        if left > most:
+            part = piece[self._at : self._at + most]
+            self._at += most
+            self.unsent -= most
+            return part
+        part = piece[self._at :] if self._at else piece
+        self._piece += 1
+        self._at = 0
+        self.unsent -= left
         return part
-
-
-def _bytes_of(piece: Buffer) -> memoryview:
-    view = memoryview(piece)
-    return view if view.format == "B" and view.ndim == 1 else view.cast("B")
 
 
 # A frame ready for encryption: its plaintext is prefix + body. The body is not copied until it is encrypted.
@@ -115,9 +123,10 @@ class PriorityWriter:
             written = len(head)
         if message.unsent:
             shared = self._messages > 1 and message.priority is not Priority.BULK
-            part = message.take(min(limits.SHARED_QUANTUM if shared else limits.MAX_DATA, longest))
-            frames.append((data_prefix(message.stream, not message.unsent, len(part)), part))
-            written += len(part)
+            quantum = limits.SHARED_QUANTUM if shared else limits.MAX_DATA
+            part = message.take(quantum if quantum < longest else longest)
+            frames.append((data_prefix(message.stream, not message.unsent, part.nbytes), part))
+            written += part.nbytes
         if message.unsent:
             queue.append(message)
         else:
@@ -126,6 +135,9 @@ class PriorityWriter:
         return written
 
     def _next_class(self) -> deque[Outgoing]:
+        if self._messages == len(self._classes[0]):  # only steps wait, as nearly always
+            self._turns_without_lower = 0
+            return self._classes[0]
         waiting = [queue for queue in self._classes if queue]
         if len(waiting) == 1:
             self._turns_without_lower = 0
