@@ -138,7 +138,9 @@ class Embeddings(nn.Module):
 
     def __init__(self, config: BloomConfig) -> None:
         super().__init__()
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        # Given a weight, nn.Embedding makes up none: on the meta device that would import torch's compiler (seconds).
+        weight = torch.empty(config.vocab_size, config.hidden_size)
+        self.word_embeddings = nn.Embedding.from_pretrained(weight, freeze=False)
         self.word_embeddings_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
 
     def forward(self, ids: Tensor) -> Tensor:
