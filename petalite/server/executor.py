@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Awaitable, Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,9 @@ from petalite.errors import ErrorCode, RequestError
 from petalite.server.scheduler import Batch, Job, Scheduler
 
 log = logging.getLogger("petalite.server")
+
+# How long the end of the executor waits for what is in the worker.
+STOP_SECONDS = 0.5
 
 
 class ThreadRunner(Protocol):
@@ -61,6 +63,7 @@ class Executor:
         self._runner = runner
         self._scheduler = Scheduler()
         self._wake = trio.Event()
+        self._stopping = False
 
     @property
     def queued(self) -> int:
@@ -96,11 +99,34 @@ class Executor:
             for job in batch.jobs:
                 job.started()
             begun = trio.current_time()
-            await self._runner(functools.partial(compute, batch, lambda: self._scheduler.urgent))
+            await self._run_batch(batch)
             self._scheduler.finished(batch, trio.current_time() - begun)
             for job in batch.jobs:
                 if job.over:
                     job.settled()
+
+    async def _run_batch(self, batch: Batch) -> None:
+        """In the worker. Cancelled, give it the time of a block or a step to come back: an interpreter that ends while
+        a thread of it is in torch ends by an abort.
+        """
+        in_worker = False
+
+        def work() -> None:
+            nonlocal in_worker
+            in_worker = True
+            try:
+                compute(batch, lambda: self._stopping or self._scheduler.urgent)
+            finally:
+                in_worker = False
+
+        try:
+            await self._runner(work)
+        except trio.Cancelled:
+            self._stopping = True
+            with trio.move_on_after(STOP_SECONDS, shield=True):
+                while in_worker:  # noqa: ASYNC110 - an abandoned thread announces nothing
+                    await trio.sleep(STOP_SECONDS / 50)
+            raise
 
 
 def compute(batch: Batch, urgent: Callable[[], bool]) -> None:

@@ -90,7 +90,7 @@ class Scheduler:
         self._short: OrderedDict[Hashable, deque[Job]] = OrderedDict()
         self._long: OrderedDict[Hashable, deque[Job]] = OrderedDict()
         self._begun: Job | None = None  # a long job amid its piece: goes on before any other long one
-        self._long_turn = False
+        self._owed = 0.0  # seconds that short steps are to have before a long one may hold them up again
         self._load: Counter[Hashable] = Counter()
         self._block_token_seconds = 1e-4
         self._short_at = float("-inf")
@@ -134,13 +134,15 @@ class Scheduler:
             del self._load[job.owner]
 
     def next_batch(self, now: float) -> Batch | None:
-        """Take what runs now; None when nothing waits. Short and long take turns when both wait."""
+        """Take what runs now; None when nothing waits. When short and long wait, the long ones get a third of the time:
+        a block of theirs delays the short steps, twice as long nothing does.
+        """
         long_waits = self._begun is not None or bool(self._long)
-        if self._short and not (long_waits and self._long_turn):
-            self._long_turn = True
+        if self._short and not (long_waits and self._owed <= 0):
             self._short_at = now
             return self._short_batch()
-        self._long_turn = False
+        if not self._short:
+            self._owed = 0.0
         return self._long_piece(now) if long_waits else None
 
     def _short_batch(self) -> Batch:
@@ -196,6 +198,7 @@ class Scheduler:
         """
         if not batch.long:
             self._short_seconds += 0.2 * (seconds - self._short_seconds)
+            self._owed -= max(LEAST_SECONDS, seconds)
         else:
             self._measure(batch, seconds)
         for job in batch.jobs:
@@ -210,5 +213,7 @@ class Scheduler:
         job = batch.jobs[0]
         blocks = (job.at_block or job.blocks) - batch.first_block
         if blocks > 0 and job.error is None:
+            # For the block that a short step may have waited for; those that ran while none waited are no debt.
+            self._owed = max(2 * seconds / blocks, LEAST_SECONDS)
             cost = max(LEAST_SECONDS, seconds / (blocks * job.batch * batch.tokens[0]))
             self._block_token_seconds += 0.5 * (cost - self._block_token_seconds)

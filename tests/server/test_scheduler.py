@@ -256,3 +256,51 @@ def test_every_job_runs_exactly_once_whatever_comes(plan, rng) -> None:
         now += 0.3
     assert all(account[each] == each.tokens for each in added if each not in removed)
     assert all(scheduler.load(owner) == 0 for owner in "abc")
+
+
+@pytest.mark.parametrize(
+    ("blocks", "step", "gap"), [(8, 0.001, 0.0005), (24, 0.1, 0.002), (70, 0.06, 0.01), (1, 0.005, 0.0)]
+)
+def test_greedy_prefills_do_not_double_anybodys_step(blocks, step, gap) -> None:
+    """Simulated: a victim decodes, `gap` seconds of its own between steps, while another peer prefills without end.
+
+    A block costs what one token costs (its weights are read once), and a quarter of that more for every 16 tokens.
+    """
+    scheduler = Scheduler()
+    now, due = 0.0, 0.0
+    waits: list[float] = []
+    prefilled = 0
+    decode: Job | None = None
+    sent_at = 0.0
+    while len(waits) < 200:
+        if not scheduler._long and scheduler._begun is None:
+            scheduler.add(job(2048, owner="greedy"))
+        if decode is None and now >= due:
+            decode, sent_at = job(1, owner="victim"), due
+            scheduler.add(decode)
+        batch = take(scheduler, now)
+        begun = now
+        if not batch.long:
+            now += step
+            run(batch, scheduler, seconds=step)
+            waits.append(now - sent_at)
+            decode, due = None, now + gap
+            continue
+        each = batch.jobs[0]
+        each.blocks = blocks
+        block_seconds = step / blocks * (1 + batch.tokens[0] / 64)
+        while each.at_block < blocks:
+            now += block_seconds
+            each.at_block += 1
+            if decode is None and now >= due:
+                decode, sent_at = job(1, owner="victim"), due
+                scheduler.add(decode)
+            if scheduler.urgent:
+                break
+        if each.at_block == blocks:
+            each.at_block, each.done = 0, each.done + batch.tokens[0]
+            prefilled += batch.tokens[0]
+        scheduler.finished(batch, now - begun)
+    settled = sorted(waits[50:])
+    assert settled[len(settled) // 2] + gap <= 2 * (step + gap)
+    assert prefilled > 200  # and the prefills go on
