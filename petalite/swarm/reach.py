@@ -1,4 +1,4 @@
-"""Method `reach`: "can you dial me?" Whoever is asked dials the asker's own address, and no other (spec/10)."""
+"""Method `reach`: "can you dial me?" Whoever is asked dials the asker's own address, and no other (spec/14)."""
 
 from __future__ import annotations
 
