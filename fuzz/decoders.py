@@ -1,0 +1,189 @@
+"""A target a decoder. Each says one thing: whatever the bytes, it returns or raises its one documented error.
+
+What was decoded must also survive being encoded and decoded again: a value that exists is valid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from petalite.dht import messages as dht
+from petalite.dht.contacts import parse_place
+from petalite.dht.records import RecordError, check_times, newer, read_record
+from petalite.errors import GoAwayCode, HandshakeError, RemoteProtocolError, RequestError
+from petalite.identity import Address, PeerId
+from petalite.lan.announcement import Announcement
+from petalite.wire import certificate, frames, packing, tensors
+from petalite.wire.hello import Hello
+from petalite.wire.messages import METHODS
+
+Target = Callable[[bytes], None]
+
+STATIC = bytes(range(32))
+NOW = 1_700_000_000
+NETWORK = "petalite"
+
+
+class Finding(Exception):
+    """An invariant of a target does not hold."""
+
+
+def check(holds: bool, text: str) -> None:
+    if not holds:
+        raise Finding(text)
+
+
+def fuzz_packing(data: bytes) -> None:
+    try:
+        value = packing.decode(data)
+    except RemoteProtocolError as error:
+        check(error.code is GoAwayCode.FRAME, f"code {error.code}")
+        return
+    check(packing.decode(packing.encode(value)) == value, "another value after a round trip")
+
+
+def fuzz_frames(data: bytes) -> None:
+    try:
+        frame = frames.decode(memoryview(data))
+    except RemoteProtocolError:
+        return
+    if isinstance(frame, frames.Data):
+        frame = frames.Data(frame.stream, frame.end, bytes(frame.body))
+    check(frames.decode(memoryview(frames.encode(frame))) == frame, "another frame after a round trip")
+
+
+def fuzz_hello(data: bytes) -> None:
+    try:
+        head = packing.decode(data)
+        if type(head) is not dict:
+            return
+        hello = Hello.from_wire(head)
+    except (RemoteProtocolError, RequestError):
+        return
+    check(Hello.from_wire(hello.to_wire()) == hello, "another HELLO after a round trip")
+
+
+def fuzz_certificate(data: bytes) -> None:
+    try:
+        made = certificate.verify(data, STATIC, NETWORK.encode(), NOW)
+    except HandshakeError:
+        return
+    check(NOW <= made.not_after <= NOW + 87_000, "a certificate outside of its time")
+
+
+def fuzz_tensors(data: bytes) -> None:
+    """First byte: how many bytes of descriptors follow; the rest is the body of the first."""
+    if not data:
+        return
+    size = 1 + data[0]
+    try:
+        found = tensors.parse_descriptors(packing.decode(data[1:size]))
+        if not found:
+            return
+        array = tensors.decode(found[0], data[size:])
+    except (RemoteProtocolError, RequestError):
+        return
+    check(array.shape == found[0].shape and len(data) - size == tensors.encoded_size(found[0]), "another shape")
+    if found[0].codec == tensors.INT8:
+        check(tensors.is_finite(found[0].dtype, array), "int8 decoded to a value that is not finite")
+    elif tensors.is_finite(found[0].dtype, array):
+        check(b"".join(tensors.encode(array)) == data[size:], "other bytes after a round trip")
+    check(array.dtype == tensors.DTYPES[found[0].dtype] or array.dtype == np.float32, "another type")
+
+
+_MESSAGES = tuple(kind for pair in METHODS.values() for kind in pair)
+
+
+def fuzz_messages(data: bytes) -> None:
+    """First byte: which message."""
+    if not data:
+        return
+    kind = _MESSAGES[data[0] % len(_MESSAGES)]
+    try:
+        head = packing.decode(data[1:])
+        made = kind.from_wire(head)
+    except (RemoteProtocolError, RequestError):
+        return
+    again = packing.decode(packing.encode(made.to_wire()))
+    check(kind.from_wire(again) == made, "another message after a round trip")
+
+
+def _verify(public_key: bytes, signature: bytes, message: bytes) -> bool:
+    return signature[0] != 0  # what comes behind the signature shall be reached
+
+
+def fuzz_dht_records(data: bytes) -> None:
+    try:
+        record = read_record(data, NETWORK, verify=_verify)
+        check_times(record, NOW * 1000)
+    except RecordError:
+        return
+    check(newer(record, record) is record and record.raw == data, "another record")
+
+
+_REQUESTS = (
+    dht.Ping(),
+    dht.FindNode(target=STATIC),
+    dht.FindValue(key=STATIC),
+    dht.Store(records=(bytes(65), bytes(65))),
+)
+
+
+def fuzz_dht_messages(data: bytes) -> None:
+    """First byte: which request, and whether it is read or its reply."""
+    if not data:
+        return
+    request = _REQUESTS[data[0] % 4]
+    try:
+        head = packing.decode(data[1:])
+        if type(head) is not dict:
+            return
+        if data[0] & 4:
+            dht.reply_from_map(request, head)
+            return
+        made = dht.request_from_map(dht.METHOD_OF[type(request)], head)
+    except (RemoteProtocolError, RequestError):
+        return
+    check(dht.request_from_map(dht.METHOD_OF[type(made)], dht.to_map(made)) == made, "another request")
+
+
+def fuzz_txt(data: bytes) -> None:
+    try:
+        made = Announcement.from_txt(data)
+    except ValueError:
+        return
+    check(Announcement.from_txt(made.to_txt()) == made, "another announcement after a round trip")
+
+
+def fuzz_addresses(data: bytes) -> None:
+    text = data.decode("utf-8", "surrogateescape")
+    for parse in (Address.parse, PeerId.parse, parse_place):
+        try:
+            made = parse(text)
+        except ValueError as error:
+            check("\n" not in str(error).strip("\n") or "\n" in text, "an error of more than one line")
+            continue
+        if not isinstance(made, PeerId):
+            continue
+        check(made.text == text, "two spellings of one peer id")
+    try:
+        address = Address.parse(text)
+    except ValueError:
+        return
+    check(Address.parse(str(address)) == address, "another address after a round trip")
+
+
+TARGETS: dict[str, Target] = {
+    "packing": fuzz_packing,
+    "frames": fuzz_frames,
+    "hello": fuzz_hello,
+    "certificate": fuzz_certificate,
+    "tensors": fuzz_tensors,
+    "messages": fuzz_messages,
+    "dht_records": fuzz_dht_records,
+    "dht_messages": fuzz_dht_messages,
+    "txt": fuzz_txt,
+    "addresses": fuzz_addresses,
+}

@@ -1,0 +1,33 @@
+"""What runs in the process of one target: python fuzz/engine.py TARGET LIBFUZZER-FLAGS... CORPUS"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+
+import atheris
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from fuzz import targets
+
+MEMORY_MB = 200  # beyond what the libraries take; the largest body that a target can reserve is 1 MiB
+
+
+def limit_memory() -> None:
+    """An allocation that a peer could choose fails here as MemoryError, which no target documents."""
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY_MB * 2**20,) * 2)
+
+
+def main() -> None:
+    with atheris.instrument_imports(include=["petalite"]):
+        target = targets.find(sys.argv[1])
+    limit_memory()
+    atheris.Setup([sys.argv[0], *sys.argv[2:]], target)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
