@@ -46,7 +46,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 }
 
 # What a module may not import because time, randomness and I/O are arguments there
-PURE = ("errors", "limits", "identity", "wire", "dht", "swarm.snapshot", "swarm.placement", "swarm.routing")
+PURE = (
+    *("errors", "limits", "identity", "wire", "dht", "lan.announcement", "lan.addresses", "lan.book"),
+    *("swarm.snapshot", "swarm.placement", "swarm.routing", "swarm.diagnosis"),
+)
 IMPURE_LIBRARIES = frozenset(
     {"trio", "torch", "asyncio", "anyio", "zeroconf", "rich", "click"}
     | {"socket", "socketserver", "ssl", "select", "selectors", "http", "urllib"}
