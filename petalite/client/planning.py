@@ -22,6 +22,8 @@ FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 2.0
 # So long servers of the session's compute class are waited for before another class will do.
 CLASS_PATIENCE = 5.0
+# So long another server is waited for when those that are there say that it is our fault.
+ACCUSED_SECONDS = 1.0
 
 
 class SessionError(PetaliteError):
@@ -116,7 +118,7 @@ class Planner:
         be what somebody waits for who holds what we wait for.
 
         Raises SessionError when the caller's deadline comes, at the latest after REPLACE_SECONDS; the RequestError of
-        the servers, if all there are call it our fault.
+        a server that says again that it is our fault, when there is no other.
         """
         started = trio.current_time()
         released = False
@@ -126,8 +128,8 @@ class Planner:
             found = self.find(blocks, tokens, any_class=waited >= CLASS_PATIENCE)
             if isinstance(found, Route):
                 return found
-            if self._judge.accusers:
-                raise next(iter(self._judge.accusers.values()))
+            if waited >= ACCUSED_SECONDS and self._judge.retry_accusers():
+                continue
             left = trio.current_effective_deadline() - trio.current_time()
             if min(left, limits.REPLACE_SECONDS - waited) <= self._pause:
                 raise self._gave_up(found)

@@ -11,6 +11,8 @@ from tokenizers.decoders import DecodeStream
 class TextStream:
     """Turns one row's tokens into pieces of text. Pieces joined are the text of all tokens, cut at a stop sequence.
 
+    Of several stop sequences the one that is complete first ends the text, at its beginning.
+
     A piece is held back while it may still be half a character or the beginning of a stop sequence.
     """
 
@@ -24,10 +26,11 @@ class TextStream:
     def push(self, token: int) -> str:
         """The text that is certain after one more token, maybe empty."""
         self._held += self._stream.step(self._tokenizer, token) or ""
-        found = [at for sequence in self._stop if (at := self._held.find(sequence)) >= 0]
+        # The one that is complete first counts, however the tokens cut the text.
+        found = [(at + len(sequence), at) for sequence in self._stop if (at := self._held.find(sequence)) >= 0]
         if found:
             self.stopped = True
-            return self._give(min(found))
+            return self._give(min(found)[1])
         return self._give(len(self._held) - self._doubtful())
 
     def flush(self) -> str:

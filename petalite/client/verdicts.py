@@ -59,7 +59,8 @@ class Judge:
 
     def __init__(self) -> None:
         self.causes: list[str] = []
-        self.accusers: dict[PeerId, RequestError] = {}
+        self._accusers: dict[PeerId, list[RequestError]] = {}
+        self._barred: set[PeerId] = set()
         self.short_of_room = False
         self._avoided: dict[PeerId, float] = {}
         self._forgotten: dict[PeerId, list[float]] = {}
@@ -68,11 +69,7 @@ class Judge:
     def avoided(self, now: float) -> frozenset[PeerId]:
         """Servers not to choose now."""
         self._avoided = {peer: until for peer, until in self._avoided.items() if now < until}
-        return frozenset({*self._avoided, *self.accusers})
-
-    def until(self) -> float:
-        """When the first of those avoided may be chosen again; infinity if nobody is."""
-        return min(self._avoided.values(), default=float("inf"))
+        return frozenset({*self._avoided, *self._barred})
 
     def avoid(self, peer: PeerId, seconds: float, now: float) -> None:
         self._avoided[peer] = now + seconds
@@ -85,9 +82,22 @@ class Judge:
     def succeeded(self, peer: PeerId) -> None:
         self._again.pop(peer, None)
 
+    def retry_accusers(self) -> bool:
+        """Nobody else is left: ask those once more who called a request our fault; whether there were any.
+
+        Raises the RequestError of one that has said so twice: it is believed.
+        """
+        for errors in self._accusers.values():
+            if len(errors) > 1:
+                raise errors[0]
+        waiting = bool(self._barred)
+        self._barred.clear()
+        return waiting
+
     def step_done(self) -> None:
         """A step came out: whoever called it our fault was wrong, and old causes explain nothing any more."""
-        self.accusers.clear()
+        self._accusers.clear()
+        self._barred.clear()
         self.causes.clear()
         self.short_of_room = False
 
@@ -115,7 +125,8 @@ class Judge:
             )
             self.avoid(peer, LONG_AVOID_SECONDS if lasting else retry_after(error.detail, AVOID_SECONDS), now)
         if verdict is Verdict.ACCUSED:
-            self.accusers[peer] = error
+            self._accusers.setdefault(peer, []).append(error)
+            self._barred.add(peer)
         return verdict
 
     def _reopen(self, peer: PeerId, now: float) -> Verdict:

@@ -16,6 +16,8 @@ PROMPT = "Once upon a time there was a"
 SPANS = ((0, 3), (3, 6), (6, 8))
 # The spares cut the blocks elsewhere, so that one lost server is replaced by parts of two.
 SPARES = ((0, 4), (4, 8))
+# The faults whose matrix must be without a gap.
+REQUIRED = ("death", "reset", "silence", "error", "garbage", "shape", "position", "drain")
 # Virtual: what no case may need.
 PATIENCE = 600.0
 SESSION_SECONDS = 30.0
@@ -85,3 +87,13 @@ async def _run_case(parts: Parts, case: Case | None, tokens: int) -> Verdict:
                 world.cache_left_over(),
                 tuple(world.notices),
             )
+
+
+def judge(verdict: Verdict, undisturbed: Sequence[int]) -> str:
+    """What is wrong with a run; "" if nothing is."""
+    if verdict.told != list(undisturbed):
+        first = next(
+            (i for i, pair in enumerate(zip(verdict.told, undisturbed, strict=False)) if pair[0] != pair[1]), -1
+        )
+        return f"another text, from token {first} on"
+    return f"{verdict.left_over} token slots are still reserved" if verdict.left_over else ""

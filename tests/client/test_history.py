@@ -1,0 +1,93 @@
+"""Kept inputs: what is written is what is read, whatever was cut, reordered or written twice."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from petalite.client.history import History
+
+
+def values(start: int, end: int, batch: int = 2) -> torch.Tensor:
+    return torch.arange(start, end, dtype=torch.float32).view(1, -1, 1) + 100 * torch.arange(batch).view(-1, 1, 1)
+
+
+def test_written_values_are_read_back() -> None:
+    history = History()
+    history.write(0, values(0, 5))
+    history.write(5, values(5, 200))
+    assert torch.equal(history.read(3, 150), values(3, 150))
+    assert history.length == 200
+
+
+def test_what_is_known_stays_when_it_is_written_again() -> None:
+    history = History()
+    history.write(0, values(0, 5))
+    history.write(2, values(1002, 1008))
+    assert torch.equal(history.read(0, 8), torch.cat([values(0, 5), values(1005, 1008)], dim=1))
+
+
+def test_a_gap_is_refused() -> None:
+    history = History()
+    history.write(0, values(0, 5))
+    with pytest.raises(ValueError, match="only 5 are known"):
+        history.write(6, values(6, 7))
+
+
+@pytest.mark.parametrize(("start", "end"), [(0, 6), (3, 3), (-1, 2), (5, 6)])
+def test_reading_outside_of_what_is_known_is_refused(start: int, end: int) -> None:
+    history = History()
+    history.write(0, values(0, 5))
+    with pytest.raises(ValueError, match="not all known"):
+        history.read(start, end)
+
+
+def test_nothing_is_known_at_first() -> None:
+    history = History()
+    assert (history.length, history.nbytes) == (0, 0)
+    with pytest.raises(ValueError):
+        history.read(0, 1)
+
+
+def test_memory_is_at_most_twice_what_is_kept() -> None:
+    history = History()
+    for i in range(1000):
+        history.write(i, values(i, i + 1))
+    assert history.nbytes <= 2 * 1000 * 2 * 4
+
+
+def test_what_was_read_is_not_changed_by_what_is_written_later() -> None:
+    history = History()
+    history.write(0, values(0, 5))
+    sent = history.read(0, 5).clone()
+    view = history.read(0, 5)
+    history.truncate(3)
+    history.reorder([1, 0])
+    history.write(3, values(50, 60))
+    assert torch.equal(view[:, :3], sent[:, :3])
+
+
+@given(st.lists(st.tuples(st.sampled_from("wtr"), st.integers(0, 9), st.integers(0, 1)), max_size=30))
+def test_agrees_with_a_plain_list(operations: list[tuple[str, int, int]]) -> None:
+    history, rows = History(), [[], []]  # type: tuple[History, list[list[float]]]
+    stamp = 0.0
+    for kind, number, which in operations:
+        if kind == "w":
+            start = min(number, history.length)
+            stamp += 1
+            new = [[stamp * 10 + row] * 4 for row in range(2)]
+            history.write(start, torch.tensor(new).unsqueeze(-1))
+            for row, added in zip(rows, new, strict=True):
+                row += added[len(row) - start :] if start + 4 > len(row) else []
+        elif kind == "t":
+            history.truncate(number)
+            rows = [row[:number] for row in rows]
+        else:
+            sources = [which, 1 - which] if number % 2 else [which, which]
+            history.reorder(sources)
+            rows = [list(rows[source]) for source in sources]
+        assert history.length == len(rows[0])
+        if rows[0]:
+            assert history.read(0, history.length).squeeze(-1).tolist() == rows
