@@ -70,7 +70,7 @@ async def test_rows_stay_reserved_while_a_thread_writes_to_them(tools, make_serv
         await client.status()
     assert caught.value.code is ErrorCode.NO_SESSION
     gate.go_on.set()
-    while server.pool.free != 64:  # noqa: ASYNC110 - the thread's end is announced by nothing else
+    while server.pool.free != 64:
         await trio.sleep(0.001)
 
 

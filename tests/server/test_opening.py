@@ -10,7 +10,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from petalite import limits
 from petalite.errors import ErrorCode, RequestError
-from petalite.wire import messages
+from petalite.wire import messages, packing
 
 
 async def refused(code: ErrorCode, asking) -> RequestError:
@@ -375,3 +375,20 @@ def test_the_plan_of_eviction_is_the_plain_one(layout, owner, wanted) -> None:
 
     found = plan_eviction(sessions, held, owner=owner, wanted=wanted, share=32, fits=fits, now=30.0)
     assert found == plain_plan(sessions, taken, owner, wanted, 32, 30.0)
+
+
+@pytest.mark.parametrize("value", [True, False, None])
+def test_wait_and_drain_are_optional_booleans(value, tools) -> None:
+
+    def over_the_wire(message, **changes):
+        return type(message).from_wire(packing.decode(packing.encode(message.to_wire() | changes)))
+
+    opened = tools.open_message(wait=value)
+    step, _ = tools.step_message(tools.hidden(1), 0, 0)
+    reply = messages.StepReply(n=1, pos=3, drain=value, tensors=step.tensors)
+    assert (over_the_wire(opened), over_the_wire(reply)) == (opened, reply)
+    assert opened.to_wire().get("wait") is reply.to_wire().get("drain") is value
+    for wrong in (1, "yes", b""):
+        with pytest.raises(RequestError) as caught:
+            over_the_wire(opened, wait=wrong)
+        assert caught.value.code is ErrorCode.BAD_REQUEST
