@@ -12,13 +12,53 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
+import tempfile
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+
+class Zygote:
+    """The other side: starts the process, and asks it for servers and clients."""
+
+    def __init__(self) -> None:
+        self._directory = tempfile.TemporaryDirectory(prefix="zygote-")
+        self.path = f"{self._directory.name}/socket"
+        model = Path(self._directory.name) / "model"
+        model.mkdir()
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        self._process = subprocess.Popen([sys.executable, __file__, self.path, str(model)], env=environment)
+        deadline = time.monotonic() + 120
+        while not os.path.exists(self.path):
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError("the zygote did not start")
+            time.sleep(0.05)
+
+    @contextmanager
+    def serve(self, defect: str = "", **options: Any) -> Iterator[str]:
+        """A server; gives its address."""
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(self.path)
+            connection.sendall(json.dumps({"serve": defect, **options}).encode())
+            connection.settimeout(60)
+            yield json.loads(connection.recv(4096))[0]
+
+    def command(self, defect: str = "none") -> list[str]:
+        """A client, as the command that starts it."""
+        return [sys.executable, "-S", str(Path(__file__).with_name("forked_client.py")), self.path, defect]
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._directory.cleanup()
 
 
 def main(path: str, directory: str) -> None:

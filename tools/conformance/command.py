@@ -118,7 +118,7 @@ def _show(result: Result, verbose: bool) -> None:
     print(report.line(result), flush=True)
     if verbose and result.verdict in ("fail", "error"):
         for entry in result.transcript:
-            print(f"{'':>14}{json.dumps(entry)}")
+            print(f"{'':>12}{entry['ms']:>9} ms {entry['way']} {report.readable(entry)}")
 
 
 def _finish(options: argparse.Namespace, results: Sequence[Result], agent: str, about: dict[str, Any]) -> int:

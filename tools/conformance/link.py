@@ -74,8 +74,8 @@ class Link:
         left = deadline - time.monotonic()
         if left <= 0:
             raise Hung("nothing came in time, and the connection is still open")
-        self.sock.settimeout(left)
         try:
+            self.sock.settimeout(left)
             data = self.sock.recv(1 << 20)
         except TimeoutError:
             raise Hung("nothing came in time, and the connection is still open") from None

@@ -20,11 +20,20 @@ def main() -> int:
     """Do PETALITE_TASK; print one JSON object; 0 if it was done, 1 if it failed cleanly."""
     try:
         result = trio.run(_run, dict(os.environ))
-    except (PetaliteError, trio.TooSlowError, ValueError) as error:
-        print(json.dumps({"ok": False, "error": str(error) or type(error).__name__}))
-        return 1
-    print(json.dumps({"ok": True, **result}))
-    return 0
+    except* (PetaliteError, trio.TooSlowError, ValueError) as group:
+        print(json.dumps({"ok": False, "error": _words(group)}))
+        code = 1
+    else:
+        print(json.dumps({"ok": True, **result}))
+        code = 0
+    return code
+
+
+def _words(error: BaseException) -> str:
+    """The first error of a group, as a line."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return str(error) or type(error).__name__
 
 
 async def _run(environment: dict[str, str]) -> dict[str, Any]:
@@ -53,30 +62,9 @@ async def _generate(environment: dict[str, str], options: dict[str, Any]) -> dic
 
     prompt = [int(text) for text in environment["PETALITE_TOKENS"].split(",")]
     count = int(environment["PETALITE_NEW_TOKENS"])
-    async with petalite.join(environment["PETALITE_PEERS"].split(","), **options) as swarm:
-        model = await _load(swarm, environment)
+    async with petalite.join(environment["PETALITE_PEERS"].split(","), lan=False, **options) as swarm:
+        model = await swarm.load(environment["PETALITE_MODEL"], wire=environment["PETALITE_WIRE"])
         return {"tokens": await _greedy(model, prompt, count)}
-
-
-async def _load(swarm: Any, environment: dict[str, str]) -> Any:
-    """As `Swarm.load`, but without a tokenizer: the formula model has none."""
-    from petalite.bloom.config import BloomConfig
-    from petalite.bloom.loading import load_embeddings, load_head
-    from petalite.bloom.manifest import load_or_make
-    from petalite.client.api import RemoteModel
-    from petalite.client.model import LocalParts
-
-    directory = Path(environment["PETALITE_MODEL"])
-    manifest = load_or_make(directory)
-    embeddings = load_embeddings(directory, manifest=manifest)
-    head = load_head(directory, embeddings=embeddings, manifest=manifest)
-    await swarm.node.directory.refresh()
-    if manifest.model_id not in swarm.node.directory.models():
-        raise PetaliteError("nobody serves the model: " + "; ".join(swarm.node.directory.problems()))
-    tokenizer: Any = None
-    device = head.ln_f.weight.device
-    parts = LocalParts("formula", BloomConfig.load(directory), manifest, tokenizer, embeddings, head, device)
-    return RemoteModel(swarm.node, parts, wire=environment["PETALITE_WIRE"])
 
 
 async def _greedy(model: Any, prompt: list[int], count: int) -> list[int]:

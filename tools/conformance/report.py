@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import html
 import json
 from collections import Counter
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape, quoteattr
 
+from tools.conformance.codec import Malformed, unpack
 from tools.conformance.runner import VERDICTS, Result
 
 VERSION = 1
@@ -20,6 +22,17 @@ def line(result: Result) -> str:
     case = result.case
     first = f"{result.verdict:>10}  {case.id:<18} {case.title}  [{result.seconds:.1f} s]"
     return first if not result.text else f"{first}\n{'':>12}{result.text}"
+
+
+def readable(entry: dict[str, Any]) -> str:
+    """A transcript's entry for people: frames decoded, the rest in hexadecimal."""
+    data = base64.b64decode(entry["data"])
+    if entry["kind"] == "frame" and len(data) == entry["size"]:
+        try:
+            return ascii(unpack(data))[:160]
+        except Malformed:
+            pass
+    return f"{entry['kind']} of {entry['size']} bytes {data.hex()[:120]}"
 
 
 def summary(results: Sequence[Result]) -> str:
@@ -116,7 +129,7 @@ def _cell(case: dict[str, Any] | None) -> str:
         return "<td></td>"
     inside = html.escape(case["verdict"])
     if case["text"]:
-        rows = [f"{e['ms']:>9} ms {e['way']} {e['kind']} {e['size']} B {e['data']}" for e in case["transcript"]]
+        rows = [f"{entry['ms']:>9} ms {entry['way']} {readable(entry)}" for entry in case["transcript"]]
         log = f"<pre>{html.escape(chr(10).join(rows))}</pre>" if rows else ""
         inside = f"<details><summary>{inside}</summary>{html.escape(case['text'])}{log}</details>"
     return f'<td class="{case["verdict"]}">{inside}</td>'

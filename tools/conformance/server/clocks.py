@@ -11,7 +11,7 @@ from tools.conformance.registry import case
 from tools.conformance.verdicts import Closed, Failed, Hung, Skipped, require
 
 
-@case("clocks/001", "", slow=True)
+@case("clocks/001", "PT-STR-063", slow=True)
 def idle(bench: Bench) -> None:
     """A connection without requests gets GOAWAY(idle) after the idle time, and its end"""
     peer = bench.peer()
@@ -22,7 +22,7 @@ def idle(bench: Bench) -> None:
     require(took > LIMIT["IDLE_SECONDS"] / 2, f"closed after {took:.1f} s already")
 
 
-@case("clocks/002", "", slow=True)
+@case("clocks/002", "PT-STR-063", slow=True)
 def pings_are_not_requests(bench: Bench) -> None:
     """PINGs do not keep a connection from being idle"""
     peer = bench.peer()
@@ -36,7 +36,7 @@ def pings_are_not_requests(bench: Bench) -> None:
     bench.should(False, "idle although pinged")
 
 
-@case("clocks/003", "PT-SES-010", slow=True)
+@case("clocks/003", "PT-SES-010 PT-SES-050", slow=True)
 def session_outlives_connection(bench: Bench) -> None:
     """A session goes on over a new connection after the first has ended as idle"""
     identity = Identity()
@@ -50,7 +50,7 @@ def session_outlives_connection(bench: Bench) -> None:
     bench.close_to(session.step(hidden[:, 2:]), whole[:, 2:], "the step after the reconnection")
 
 
-@case("clocks/004", "PT-SES-051")
+@case("clocks/004", "PT-STR-052 PT-FRM-030 PT-STR-063")
 def progress(bench: Bench) -> None:
     """While requests are queued or run for long, PROGRESS comes each half second and PING is answered"""
     peer = bench.peer()
@@ -72,7 +72,7 @@ def progress(bench: Bench) -> None:
         require(seen > 0, f"expected: PROGRESS while {len(answers)} steps took {took:.1f} s; observed: none")
 
 
-@case("clocks/005", "PT-SES-010")
+@case("clocks/005", "PT-STR-061 PT-STR-060 PT-SES-010")
 def newest_wins(bench: Bench) -> None:
     """Two connections dialled by one peer: the newer works, the older drains and gets GOAWAY(duplicate)"""
     identity = Identity()
@@ -86,7 +86,7 @@ def newest_wins(bench: Bench) -> None:
     bench.should(seen == "duplicate", "GOAWAY(duplicate) on the older connection")
 
 
-@case("clocks/006", "PT-SES-010")
+@case("clocks/006", "PT-STR-061 PT-FRM-041 PT-SES-010")
 def duplicate_drains(bench: Bench) -> None:
     """A request open on the older of two connections is still answered"""
     identity = Identity()
@@ -126,7 +126,7 @@ def stepped_stays(bench: Bench) -> None:
     session.step(bench.hidden(1))
 
 
-@case("clocks/009", "")
+@case("clocks/009", "PT-STR-065")
 def connections_by_one_host(bench: Bench) -> None:
     """40 authenticated connections of one host, each of another peer: all are served"""
     peers = []

@@ -15,7 +15,7 @@ from tools.conformance.registry import case
 from tools.conformance.verdicts import Closed, Failed, require
 
 
-def _breaks(number: int, codes: str, title: str, *frames: Any, requirements: str = "") -> None:
+def _breaks(number: int, requirements: str, codes: str, title: str, *frames: Any) -> None:
     """Any one of these frames, on a connection of its own after HELLO, ends the connection."""
 
     def run(bench: Bench) -> None:
@@ -25,7 +25,7 @@ def _breaks(number: int, codes: str, title: str, *frames: Any, requirements: str
     case(f"frames/{number:03}", requirements, title=f"{title}: GOAWAY({codes})")(run)
 
 
-def _lives(number: int, title: str, *frames: Any, requirements: str = "") -> None:
+def _lives(number: int, requirements: str, title: str, *frames: Any) -> None:
     """These frames after HELLO are passed over."""
 
     def run(bench: Bench) -> None:
@@ -37,7 +37,7 @@ def _lives(number: int, title: str, *frames: Any, requirements: str = "") -> Non
     case(f"frames/{number:03}", requirements, title=f"{title}: ignored")(run)
 
 
-@case("frames/001", "")
+@case("frames/001", "PT-FRM-020 PT-FRM-021 PT-FRM-001 PT-FRM-002")
 def server_hello(bench: Bench) -> None:
     """The server's first frame is HELLO, with fields of the right types"""
     link = bench.link()
@@ -51,7 +51,7 @@ def server_hello(bench: Bench) -> None:
     bench.should(frame[1].get("agent"), "an agent in HELLO")
 
 
-@case("frames/002", "")
+@case("frames/002", "PT-FRM-022")
 def request_after_own_hello(bench: Bench) -> None:
     """Requests may follow one's own HELLO before the peer's has come"""
     link = bench.link()
@@ -61,28 +61,28 @@ def request_after_own_hello(bench: Bench) -> None:
     peer.wait(peer.expect(1))
 
 
-def _before_hello(number: int, title: str, frame: Any, codes: str) -> None:
+def _before_hello(number: int, requirements: str, title: str, frame: Any, codes: str) -> None:
     def run(bench: Bench) -> None:
         link = bench.link()
         link.send(frame)
         seen = link.expect_close(set(codes.split()))
         bench.should(seen, f"GOAWAY({codes}) before the end")
 
-    case(f"frames/{number:03}", "", title=f"{title} before HELLO: GOAWAY({codes})")(run)
+    case(f"frames/{number:03}", requirements, title=f"{title} before HELLO: GOAWAY({codes})")(run)
 
 
-_before_hello(3, "REQ", [REQ, 1, END, "info", {}], "protocol")
-_before_hello(4, "PING", [PING, bytes(8)], "protocol")
-_before_hello(5, "A frame of more than 4 KiB", [HELLO, {"v": 0, "x": bytes(4_200)}], "frame")
+_before_hello(3, "PT-FRM-020", "REQ", [REQ, 1, END, "info", {}], "protocol")
+_before_hello(4, "PT-FRM-020", "PING", [PING, bytes(8)], "protocol")
+_before_hello(5, "PT-FRM-023", "A frame of more than 4 KiB", [HELLO, {"v": 0, "x": bytes(4_200)}], "frame")
 
 
-@case("frames/006", "")
+@case("frames/006", "PT-FRM-021")
 def hello_twice(bench: Bench) -> None:
     """HELLO twice: GOAWAY(protocol)"""
     bench.reacts(hello_frame(), {"protocol"})
 
 
-@case("frames/007", "PT-MSG-044")
+@case("frames/007", "PT-MSG-044 PT-FRM-012 PT-FRM-025")
 def hello_unknown(bench: Bench) -> None:
     """Unknown capabilities and keys in HELLO are ignored"""
     link = bench.link()
@@ -92,7 +92,7 @@ def hello_unknown(bench: Bench) -> None:
     peer.ping()
 
 
-@case("frames/008", "")
+@case("frames/008", "PT-FRM-024")
 def hello_missing_fields(bench: Bench) -> None:
     """HELLO with nothing but v is enough"""
     link = bench.link()
@@ -102,7 +102,7 @@ def hello_missing_fields(bench: Bench) -> None:
     peer.ping()
 
 
-def _bad_hello(number: int, title: str, *heads: Any, codes: str = "protocol frame") -> None:
+def _bad_hello(number: int, requirements: str, title: str, *heads: Any, codes: str = "protocol frame") -> None:
     def run(bench: Bench) -> None:
         for head in heads:
             link = bench.link()
@@ -110,40 +110,40 @@ def _bad_hello(number: int, title: str, *heads: Any, codes: str = "protocol fram
             seen = link.expect_close(set(codes.split()))
             bench.should(seen, f"GOAWAY({codes}) before the end")
 
-    case(f"frames/{number:03}", "", title=title)(run)
+    case(f"frames/{number:03}", requirements, title=title)(run)
 
 
-_bad_hello(9, "HELLO whose v is missing, a str, a bool or negative: GOAWAY", {}, {"v": "0"}, {"v": True}, {"v": -1})
-_bad_hello(10, "HELLO with other wrong types: GOAWAY", {"v": 0, "caps": []}, {"v": 0, "limits": 1}, {"v": 0, "agent": b"a"})
-_bad_hello(11, 'HELLO with a key that begins with "!": GOAWAY', {"v": 0, "!strict": 1})
+_bad_hello(9, "PT-FRM-024", "HELLO whose v is missing, a str, a bool or negative: GOAWAY", {}, {"v": "0"}, {"v": True}, {"v": -1})
+_bad_hello(10, "PT-FRM-024", "HELLO with other wrong types: GOAWAY", {"v": 0, "caps": []}, {"v": 0, "limits": 1}, {"v": 0, "agent": b"a"})
+_bad_hello(11, "PT-FRM-012", 'HELLO with a key that begins with "!": GOAWAY', {"v": 0, "!strict": 1})
 
-_breaks(12, "protocol", "An unknown type below 16", [9], [15, 1, {}])
-_lives(13, "Unknown types from 17 to 31", [17], [31, 1, {"a": 1}], [24, b"x" * 9_000])
-_breaks(14, "protocol", "A type from 32 on", [32], [100, 1], [2**40])
-_breaks(15, "frame protocol", "A type that is no integer, or none", [-1], ["0"], [None], [True, 1], [])
-_breaks(16, "frame", "A frame that is no array", {"a": 1}, 7, "PING", pack(b"bin"), None)
-_breaks(17, "frame", "HELLO or REQ of a wrong arity", [HELLO], [REQ, 1, END, "info"], [REQ, 1, END, "info", {}, 1])
-_breaks(18, "frame", "RES or DATA of a wrong arity", [RES, 1, END], [DATA, 1, 0], [DATA, 1, 0, b"", 1])
-_breaks(19, "frame", "ERR or CANCEL of a wrong arity", [ERR, 1, 1, "a"], [CANCEL], [CANCEL, 1, 1])
-_breaks(20, "frame", "PING, PONG or GOAWAY of a wrong arity", [PING], [PONG, bytes(8), 0], [GOAWAY, 0, 0])
-_breaks(21, "frame", "PROGRESS of a wrong arity", [PROGRESS, 1], [PROGRESS, 1, {}, 1])
-_breaks(22, "frame", "Reserved flag bits", *[[REQ, 1, flags, "info", {}] for flags in (2, 3, 128, -1, True, "1")])
-_breaks(23, "frame", "Reserved flag bits in DATA", [DATA, 1, 2, b"a"], [DATA, 1, 3, b"a"], [DATA, 1, 64, b"a"])
-_breaks(24, "protocol", "DATA on stream 0", [DATA, 0, 0, b"x"])
-_breaks(25, "protocol frame", "Stream ids that are none", *[[REQ, s, END, "info", {}] for s in (0, -1, 2**53, "1", None, True)])
-_breaks(26, "frame", "A REQ of more than 16 KiB", [REQ, 1, END, "info", {"pad": bytes(16_400)}])
-_breaks(27, "frame", "DATA with more than 65,000 bytes", [DATA, 1, 0, bytes(65_001)])
-_breaks(28, "frame", "PING with another payload than 8 bytes", *[[PING, bytes(n)] for n in (0, 7, 9, 60_000)], [PING, "12345678"])
-_breaks(29, "frame", "A method of 65 characters, or no str", [REQ, 1, END, "m" * 65, {}], [REQ, 1, END, b"info", {}])
-_breaks(30, "frame", "DATA that is no bin", [DATA, 1, 0, "text"], [DATA, 1, 0, [1]], [DATA, 1, 0, None])
-_breaks(31, "frame", "A head that is no map", [REQ, 1, END, "info", []], [REQ, 1, END, "info", None], [RES, 2, END, 1])
-_lives(32, "A PONG that nobody asked for", [PONG, bytes(8)], [PONG, b"\xff" * 8])
-_breaks(33, "protocol", "A reply on a stream that the server never opened", [RES, 2, END, {}], [ERR, 2, 1, "", {}])
-_breaks(34, "protocol", "DATA or PROGRESS on such a stream", [DATA, 2, END, b""], [PROGRESS, 2, {}])
-_breaks(35, "protocol", "CANCEL of a stream never opened", [CANCEL, 7], [CANCEL, 8])
+_breaks(12, "PT-FRM-011", "protocol", "An unknown type below 16", [9], [15, 1, {}])
+_lives(13, "PT-FRM-010", "Unknown types from 17 to 31", [17], [31, 1, {"a": 1}], [24, b"x" * 9_000])
+_breaks(14, "PT-FRM-011", "protocol", "A type from 32 on, or negative", [32], [100, 1], [2**40], [-1])
+_breaks(15, "PT-FRM-002 PT-FRM-003", "frame", "A type that is no integer, or none", ["0"], [None], [True, 1], [])
+_breaks(16, "PT-FRM-002 PT-FRM-003", "frame", "A frame that is no array", {"a": 1}, 7, "PING", pack(b"bin"), None)
+_breaks(17, "PT-FRM-002 PT-FRM-003", "frame", "HELLO or REQ of a wrong arity", [HELLO], [REQ, 1, END, "info"], [REQ, 1, END, "info", {}, 1])
+_breaks(18, "PT-FRM-002 PT-FRM-003", "frame", "RES or DATA of a wrong arity", [RES, 1, END], [DATA, 1, 0], [DATA, 1, 0, b"", 1])
+_breaks(19, "PT-FRM-002 PT-FRM-003", "frame", "ERR or CANCEL of a wrong arity", [ERR, 1, 1, "a"], [CANCEL], [CANCEL, 1, 1])
+_breaks(20, "PT-FRM-002 PT-FRM-003", "frame", "PING, PONG or GOAWAY of a wrong arity", [PING], [PONG, bytes(8), 0], [GOAWAY, 0, 0])
+_breaks(21, "PT-FRM-002 PT-FRM-003", "frame", "PROGRESS of a wrong arity", [PROGRESS, 1], [PROGRESS, 1, {}, 1])
+_breaks(22, "PT-FRM-006", "frame", "Reserved flag bits", *[[REQ, 1, flags, "info", {}] for flags in (2, 3, 128, -1, True, "1")])
+_breaks(23, "PT-FRM-006", "frame", "Reserved flag bits in DATA", [DATA, 1, 2, b"a"], [DATA, 1, 3, b"a"], [DATA, 1, 64, b"a"])
+_breaks(24, "PT-FRM-005", "protocol", "DATA on stream 0", [DATA, 0, 0, b"x"])
+_breaks(25, "PT-FRM-005", "protocol frame", "Stream ids that are none", *[[REQ, s, END, "info", {}] for s in (0, -1, 2**53, "1", None, True)])
+_breaks(26, "PT-FRM-008 PT-FRM-003", "frame", "A REQ of more than 16 KiB", [REQ, 1, END, "info", {"pad": bytes(16_400)}])
+_breaks(27, "PT-FRM-007 PT-FRM-003", "frame", "DATA with more than 65,000 bytes", [DATA, 1, 0, bytes(65_001)])
+_breaks(28, "PT-FRM-002 PT-FRM-003", "frame", "PING with another payload than 8 bytes", *[[PING, bytes(n)] for n in (0, 7, 9, 60_000)], [PING, "12345678"])
+_breaks(29, "PT-FRM-009 PT-FRM-003", "frame", "A method of 65 characters, or no str", [REQ, 1, END, "m" * 65, {}], [REQ, 1, END, b"info", {}])
+_breaks(30, "PT-FRM-002 PT-FRM-003", "frame", "DATA that is no bin", [DATA, 1, 0, "text"], [DATA, 1, 0, [1]], [DATA, 1, 0, None])
+_breaks(31, "PT-FRM-002 PT-FRM-003", "frame", "A head that is no map", [REQ, 1, END, "info", []], [REQ, 1, END, "info", None], [RES, 2, END, 1])
+_lives(32, "PT-FRM-032", "A PONG that nobody asked for", [PONG, bytes(8)], [PONG, b"\xff" * 8])
+_breaks(33, "PT-STR-006", "protocol", "A reply on a stream that the server never opened", [RES, 2, END, {}], [ERR, 2, 1, "", {}])
+_breaks(34, "PT-STR-006", "protocol", "DATA or PROGRESS on such a stream", [DATA, 2, END, b""], [PROGRESS, 2, {}])
+_breaks(35, "PT-STR-006", "protocol", "CANCEL of a stream never opened", [CANCEL, 7], [CANCEL, 8])
 
 
-@case("frames/036", "")
+@case("frames/036", "PT-FRM-030")
 def ping(bench: Bench) -> None:
     """PINGs are answered in order, each with its own payload"""
     peer = bench.peer()
@@ -153,7 +153,7 @@ def ping(bench: Bench) -> None:
     require(peer.pongs == payloads, "expected: the payloads in order; observed: others")
 
 
-@case("frames/037", "")
+@case("frames/037", "PT-FRM-031")
 def ping_flood(bench: Bench) -> None:
     """5,000 PINGs at once: GOAWAY(rate), or answered at most; others are served"""
     peer = bench.peer()
@@ -167,7 +167,7 @@ def ping_flood(bench: Bench) -> None:
         require(peer.goaway[1] == 8, f"expected: GOAWAY(rate); observed: {peer.goaway_text}")
 
 
-@case("frames/038", "")
+@case("frames/038", "PT-FRM-045")
 def goaway_without_requests(bench: Bench) -> None:
     """After our GOAWAY and with no request open the server ends the connection"""
     peer = bench.peer()
@@ -175,7 +175,7 @@ def goaway_without_requests(bench: Bench) -> None:
     peer.link.expect_close({"normal", "shutting_down", "idle"}, 5)
 
 
-@case("frames/039", "")
+@case("frames/039", "PT-FRM-043 PT-FRM-013")
 def goaway_unknown(bench: Bench) -> None:
     """A GOAWAY with an unknown code and a text of escapes is a goodbye like any other"""
     peer = bench.peer()
@@ -183,7 +183,7 @@ def goaway_unknown(bench: Bench) -> None:
     peer.link.expect_close(set(), 5)
 
 
-@case("frames/040", "")
+@case("frames/040", "PT-FRM-042")
 def request_after_goaway(bench: Bench) -> None:
     """REQ after one's own GOAWAY: the connection ends"""
     peer = bench.peer()
@@ -192,7 +192,7 @@ def request_after_goaway(bench: Bench) -> None:
     peer.link.expect_close({"protocol", "normal"}, 5)
 
 
-@case("frames/041", "PT-MSG-043")
+@case("frames/041", "PT-FRM-004 PT-MSG-043 PT-MSG-006")
 def wide_frames(bench: Bench) -> None:
     """Frame elements in msgpack's longest forms, DATA among them"""
     peer = bench.peer()
@@ -206,7 +206,7 @@ def wide_frames(bench: Bench) -> None:
     require(answer.code == "unsupported", f"expected: ERR unsupported; observed: {answer}")
 
 
-@case("frames/042", "")
+@case("frames/042", "PT-FRM-013 PT-STR-012")
 def text_of_a_stranger(bench: Bench) -> None:
     """Escapes, NUL and right-to-left marks in agent and method: taken or refused, never fatal"""
     link = bench.link()
@@ -217,7 +217,7 @@ def text_of_a_stranger(bench: Bench) -> None:
     require(answer.code == "unsupported", f"expected: ERR unsupported; observed: {answer}")
 
 
-@case("frames/043", "")
+@case("frames/043", "PT-FRM-024")
 def long_agent(bench: Bench) -> None:
     """HELLO with an agent of more than 128 bytes: GOAWAY, or cut; the server lives"""
     link = bench.link()

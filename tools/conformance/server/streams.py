@@ -17,19 +17,19 @@ from tools.conformance.verdicts import Closed, Failed, Skipped, require
 MIB = 1 << 20
 
 
-def _breaks(number: int, title: str, *frames: Any) -> None:
+def _breaks(number: int, requirements: str, title: str, *frames: Any) -> None:
     def run(bench: Bench) -> None:
         for frame in frames:
             bench.reacts(frame, {"protocol"})
 
-    case(f"streams/{number:03}", "", title=f"{title}: GOAWAY(protocol)")(run)
+    case(f"streams/{number:03}", requirements, title=f"{title}: GOAWAY(protocol)")(run)
 
 
-_breaks(1, "A stream id of the responder's half", [REQ, 2, END, "info", {}])
-_breaks(2, "DATA on a stream that was never opened", [DATA, 1, END, b"x"], [DATA, 101, 0, b""])
+_breaks(1, "PT-STR-001 PT-STR-002", "A stream id of the responder's half", [REQ, 2, END, "info", {}])
+_breaks(2, "PT-STR-006", "DATA on a stream that was never opened", [DATA, 1, END, b"x"], [DATA, 101, 0, b""])
 
 
-@case("streams/003", "")
+@case("streams/003", "PT-STR-002")
 def reused_id(bench: Bench) -> None:
     """A stream id that was used, or a lower one: GOAWAY(protocol)"""
     for number in (9, 7):
@@ -41,7 +41,7 @@ def reused_id(bench: Bench) -> None:
         peer.link.expect_close({"protocol"})
 
 
-@case("streams/004", "")
+@case("streams/004", "PT-STR-002")
 def gaps_in_ids(bench: Bench) -> None:
     """Stream ids may leave gaps"""
     peer = bench.peer()
@@ -51,7 +51,7 @@ def gaps_in_ids(bench: Bench) -> None:
         peer.wait(answer)
 
 
-@case("streams/005", "")
+@case("streams/005", "PT-STR-005")
 def late_frames(bench: Bench) -> None:
     """DATA and CANCEL on a stream that has ended are ignored"""
     peer = bench.peer()
@@ -61,7 +61,7 @@ def late_frames(bench: Bench) -> None:
     peer.call("info")
 
 
-@case("streams/006", "")
+@case("streams/006", "PT-STR-004 PT-STR-007")
 def own_reply(bench: Bench) -> None:
     """RES by the requester on its own stream: GOAWAY(protocol)"""
     peer = bench.peer()
@@ -70,7 +70,7 @@ def own_reply(bench: Bench) -> None:
     peer.link.expect_close({"protocol"})
 
 
-@case("streams/007", "")
+@case("streams/007", "PT-STR-012 PT-ERR-011")
 def unknown_method(bench: Bench) -> None:
     """An unknown method: ERR unsupported, with and without a body"""
     peer = bench.peer()
@@ -80,7 +80,7 @@ def unknown_method(bench: Bench) -> None:
     peer.alive()
 
 
-@case("streams/008", "PT-TEN-022")
+@case("streams/008", "PT-STR-023 PT-STR-021 PT-TEN-022")
 def body_too_long(bench: Bench) -> None:
     """More body than declared: ERR tensor; what still comes is discarded"""
     peer = bench.peer()
@@ -91,7 +91,7 @@ def body_too_long(bench: Bench) -> None:
     peer.alive()
 
 
-@case("streams/009", "PT-TEN-022")
+@case("streams/009", "PT-STR-023 PT-TEN-022")
 def body_too_short(bench: Bench) -> None:
     """END before all of the body: ERR tensor"""
     peer = bench.peer()
@@ -101,7 +101,7 @@ def body_too_short(bench: Bench) -> None:
     peer.alive()
 
 
-def _bad_head(number: int, codes: str, title: str, *heads: tuple[int, Any]) -> None:
+def _bad_head(number: int, requirements: str, codes: str, title: str, *heads: tuple[int, Any]) -> None:
     """(flags, head) of a REQ that is refused; the connection lives."""
 
     def run(bench: Bench) -> None:
@@ -113,16 +113,16 @@ def _bad_head(number: int, codes: str, title: str, *heads: tuple[int, Any]) -> N
             require(answer.code in codes.split(), f"expected: ERR {codes} for {head}; observed: {answer}")
         peer.alive()
 
-    case(f"streams/{number:03}", "PT-MSG-041 PT-MSG-042", title=f"{title}: ERR {codes}")(run)
+    case(f"streams/{number:03}", f"{requirements} PT-MSG-041 PT-MSG-042", title=f"{title}: ERR {codes}")(run)
 
 
-_bad_head(10, "bad_request", "END with a size, and no END without one", (END, {"size": 10}), (0, {"size": 0}), (0, {}))
-_bad_head(11, "bad_request", "A size that is no count", *[(0, {"size": s}) for s in (-1, "10", True, b"1", [1], 2**63)])
-_bad_head(12, "bad_request", "A size above 64 MiB", (0, {"size": 64 * MIB + 1}), (0, {"size": 2**40}), (0, {"size": 2**62}))
-_bad_head(13, "bad_request", "max and dl that are no counts", *[(END, {n: v}) for n in ("max", "dl") for v in (-1, "1", True, 2**64 - 1)])
+_bad_head(10, "PT-STR-010 PT-STR-011", "bad_request", "END with a size, and no END without one", (END, {"size": 10}), (0, {"size": 0}), (0, {}))
+_bad_head(11, "PT-STR-011", "bad_request", "A size that is no count", *[(0, {"size": s}) for s in (-1, "10", True, b"1", [1], 2**63)])
+_bad_head(12, "PT-STR-011", "bad_request", "A size above 64 MiB", (0, {"size": 64 * MIB + 1}), (0, {"size": 2**40}), (0, {"size": 2**62}))
+_bad_head(13, "PT-STR-011", "bad_request", "max and dl that are no counts", *[(END, {n: v}) for n in ("max", "dl") for v in (-1, "1", True, 2**64 - 1)])
 
 
-@case("streams/014", "")
+@case("streams/014", "PT-STR-020 PT-STR-021 PT-STR-024")
 def peer_quota(bench: Bench) -> None:
     """Bodies of 256 MiB reserved by one peer: the next is ERR resources with retry, and CANCEL gives room back"""
     peer = bench.peer()
@@ -145,7 +145,7 @@ def _reserve(peer: Peer, size: int) -> Answer:
     return answer
 
 
-@case("streams/015", "")
+@case("streams/015", "PT-STR-008")
 def too_many_streams(bench: Bench) -> None:
     """More requests at once than allowed: ERR refused with retry; the connection and the others live"""
     peer = bench.peer()
@@ -161,7 +161,7 @@ def too_many_streams(bench: Bench) -> None:
     peer.ask("info")
 
 
-@case("streams/016", "", slow=True)
+@case("streams/016", "PT-STR-026 PT-STR-024", slow=True)
 def stalled_body(bench: Bench) -> None:
     """A body that makes no progress for 10 s: its stream ends, its reservation is free, the connection lives"""
     peer = bench.peer()
@@ -177,7 +177,7 @@ def stalled_body(bench: Bench) -> None:
     peer.alive()
 
 
-@case("streams/017", "")
+@case("streams/017", "PT-STR-025 PT-STR-010")
 def reply_above_max(bench: Bench) -> None:
     """A reply larger than the request takes: ERR resources instead, and the step is done"""
     session = bench.session()
@@ -187,7 +187,7 @@ def reply_above_max(bench: Bench) -> None:
     session.peer.alive()
 
 
-@case("streams/018", "")
+@case("streams/018", "PT-STR-027")
 def interleaved_bodies(bench: Bench) -> None:
     """The bodies of two steps in alternating small pieces: each gets its own numbers"""
     first = bench.session()
@@ -213,7 +213,7 @@ def _pieces(stream: int, body: bytes, size: int) -> list[Any]:
     ]
 
 
-@case("streams/019", "")
+@case("streams/019", "PT-STR-022 PT-STR-027")
 def odd_pieces(bench: Bench) -> None:
     """A body in pieces of 1, 7 and 4,097 bytes gives the same numbers"""
     session = bench.session()
@@ -227,7 +227,7 @@ def odd_pieces(bench: Bench) -> None:
         bench.close_to(session.accept(peer.wait(answer), hidden, pos=0), first, f"a body in pieces of {size} bytes")
 
 
-@case("streams/020", "PT-SES-052 PT-SES-028")
+@case("streams/020", "PT-STR-043 PT-STR-042 PT-SES-052 PT-SES-028 PT-ERR-001")
 def cancelled_before_start(bench: Bench) -> None:
     """CANCEL in the segment of the request: no reply comes, and the session is as before"""
     session = bench.session(max_len=1024)
@@ -255,7 +255,7 @@ def _before_or_after(session: Session, hidden: Any) -> None:
     session.accept(answer, hidden[:, :1])
 
 
-@case("streams/021", "PT-SES-028 PT-SES-052")
+@case("streams/021", "PT-STR-043 PT-SES-028 PT-SES-052")
 def cancelled_in_compute(bench: Bench) -> None:
     """CANCEL while the step computes: the position is before or after, and the session goes on"""
     session = bench.session(max_len=2_048)
@@ -270,7 +270,7 @@ def cancelled_in_compute(bench: Bench) -> None:
         session.pos = min(session.pos, 3)
 
 
-@case("streams/022", "")
+@case("streams/022", "PT-STR-009")
 def rapid_reset(bench: Bench) -> None:
     """2,000 requests, each cancelled at once: the connection lives or ends with GOAWAY, and others are served"""
     peer = bench.peer()
@@ -285,7 +285,7 @@ def rapid_reset(bench: Bench) -> None:
         require(peer.goaway is not None, "the connection ended without GOAWAY")
 
 
-@case("streams/023", "")
+@case("streams/023", "PT-STR-040")
 def deadline_zero(bench: Bench) -> None:
     """dl 0: ERR deadline, nothing is done, the connection lives"""
     session = bench.session(max_len=1_024)
@@ -300,13 +300,13 @@ def deadline_zero(bench: Bench) -> None:
         raise Failed("expected: ERR deadline; observed: the step was done")
 
 
-@case("streams/024", "")
+@case("streams/024", "PT-STR-040")
 def deadline_huge(bench: Bench) -> None:
     """dl of a thousand years is clamped, not refused"""
     bench.peer().ask("info", {"dl": 2**62})
 
 
-@case("streams/025", "")
+@case("streams/025", "PT-STR-027 PT-ERR-011 PT-ERR-001")
 def many_at_once(bench: Bench) -> None:
     """200 requests in flight: all answered, the errors among them cost only themselves"""
     peer = bench.peer()
@@ -316,7 +316,7 @@ def many_at_once(bench: Bench) -> None:
         require(bool(answer.code) == (number % 3 == 0), f"request {number}: {answer}")
 
 
-@case("streams/026", "")
+@case("streams/026", "PT-STR-024")
 def lost_in_body(bench: Bench) -> None:
     """A connection that ends in mid-body frees what it reserved"""
     identity = Identity()
@@ -329,7 +329,7 @@ def lost_in_body(bench: Bench) -> None:
         settle(0.2)
 
 
-@case("streams/027", "", slow=True)
+@case("streams/027", "PT-STR-025 PT-STR-028 PT-STR-029", slow=True)
 def never_reads(bench: Bench) -> None:
     """A peer that reads no replies: its connection ends in time, and others are served meanwhile"""
     if bench.info is None:
@@ -353,7 +353,7 @@ def never_reads(bench: Bench) -> None:
         other.close()
 
 
-@case("streams/028", "")
+@case("streams/028", "PT-ERR-002 PT-ERR-001")
 def error_form(bench: Bench) -> None:
     """ERR has a known code, a short text without the server's inside, and a map"""
     peer = bench.peer()
@@ -365,7 +365,7 @@ def error_form(bench: Bench) -> None:
         require(after is None or type(after) is int, f"detail.after is {after!r}")
 
 
-@case("streams/029", "")
+@case("streams/029", "PT-FRM-041 PT-FRM-045")
 def open_request_at_goaway(bench: Bench) -> None:
     """A request that is open when we say GOAWAY is still answered; then the connection ends"""
     session = bench.session(max_len=2_048)
@@ -377,7 +377,7 @@ def open_request_at_goaway(bench: Bench) -> None:
     session.peer.link.expect_close({"normal", "shutting_down", "idle"}, 5)
 
 
-@case("streams/030", "", slow=True)
+@case("streams/030", "PT-STR-026", slow=True)
 def dribbled_body(bench: Bench) -> None:
     """A body of a byte a second is no progress: its stream ends within the stall time and a little"""
     peer = bench.peer()
