@@ -56,7 +56,7 @@ IMPURE_LIBRARIES = frozenset(
     | {"subprocess", "multiprocessing", "threading", "signal"}
     | {"time", "datetime", "sched", "logging", "warnings"}
 )
-BLOOM_LIBRARIES = frozenset({"torch", "safetensors"})
+BLOOM_LIBRARIES = frozenset({"torch", "safetensors", "triton"})
 BRIDGE_LIBRARIES = frozenset({"torch", "numpy"})
 HEAVY_IN = {"torch": ("bloom", "bridge", "server", "client", "cli", "testing", "__init__")}
 

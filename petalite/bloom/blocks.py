@@ -140,7 +140,7 @@ class Embeddings(nn.Module):
         super().__init__()
         # Given a weight, nn.Embedding makes up none: on the meta device that would import torch's compiler (seconds).
         weight = torch.empty(config.vocab_size, config.hidden_size)
-        self.word_embeddings = nn.Embedding.from_pretrained(weight, freeze=False)
+        self.word_embeddings = nn.Embedding.from_pretrained(weight, freeze=False)  # type: ignore[no-untyped-call]
         self.word_embeddings_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import trio
 
 from petalite.dht.contacts import Contact
+from petalite.dht.guard import DialGuard
 from petalite.dht.node import DhtNode, contact_of
 from petalite.errors import HandshakeError, PeerLost, PeerUnreachable
 from petalite.identity import Address, Identity, PeerId
@@ -37,6 +38,7 @@ class Node:
         self._nursery = nursery
         self._contacts: Path | None = None
         self._joined: set[PeerId] = set()
+        self._strangers = DialGuard(hosts=False)  # instances whose tag is ours and whose handshake is not
         self._met: dict[str, PeerId] = {}  # members of a private swarm, by their instance on the LAN
 
     # Finding others
@@ -93,11 +95,14 @@ class Node:
 
     def _hinted(self, hint: Hint) -> None:
         """The LAN says that somebody is there; a handshake will tell whether it is true."""
-        if not hint.addresses:
-            return  # it has left, or fell silent: asking it will tell
         peer = hint.peer or self._met.get(hint.instance)
+        if not hint.addresses:
+            if peer is not None:
+                self.directory.lost(peer)  # it has left, or fell silent: asking it will tell
+            return
         if peer is None:
-            self._nursery.start_soon(self._meet, hint)
+            if not self._strangers.backed_off(hint.instance, trio.current_time()):
+                self._nursery.start_soon(self._meet, hint)
             return
         addresses = [Address(peer, host, port) for host, port in hint.addresses]
         for address in addresses:
@@ -111,11 +116,13 @@ class Node:
                 connection = await self.endpoint.meet(host, port)
             except (PeerLost, HandshakeError):
                 continue
+            self._strangers.succeeded(hint.instance)
             self._met[hint.instance] = connection.peer
             address = Address(connection.peer, host, port)
             self.directory.add(address, Source.LAN)
             self._join_dht([address])
             return
+        self._strangers.failed(hint.instance, trio.current_time())
 
     @property
     def lan_running(self) -> bool:

@@ -260,7 +260,8 @@ def parse(run_body: Runner) -> Callable[..., tuple[int, Any]]:
     return parser
 
 
-def test_defaults_of_shared_options(parse: Callable[..., tuple[int, Any]]) -> None:
+def test_defaults_of_shared_options(parse: Callable[..., tuple[int, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PETALITE_NO_LAN", raising=False)
     code, got = parse()
     assert (code, got.generation, got.swarm) == (0, GenerationOptions(), SwarmOptions())
 
