@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any, Protocol
 
 import trio
 
 from petalite import limits
-from petalite.errors import ErrorCode, PeerUnreachable, PetaliteError, RequestError
-from petalite.identity import Address, PeerId
-from petalite.net.endpoint import Endpoint
+from petalite.errors import ErrorCode, PetaliteError, RequestError
+from petalite.identity import PeerId
 from petalite.wire.frames import Buffer
 from petalite.wire.messages import Hop, Push
 from petalite.wire.writer import Priority
@@ -21,7 +20,9 @@ log = logging.getLogger("petalite.server")
 
 
 class Send(Protocol):
-    """Makes one request to a peer and waits for its reply; raises what `PeerConnection.request` raises."""
+    """Makes one request to a peer and waits for its reply; raises what `PeerConnection.request` raises, PeerUnreachable
+    where no address of the peer is known that it has proven itself: whom to dial is never the client's word.
+    """
 
     def __call__(
         self, peer: PeerId, method: str, head: Mapping[str, Any], body: Sequence[Buffer], priority: Priority, /
@@ -86,24 +87,3 @@ class Pusher:
             log.info("push of step %d to peer %s.. failed: %s", push.n, peer.short, error or "deadline passed")
         finally:
             self._under_way -= Counter({(push.owner, push.sid): 1})
-
-
-def sender_over(endpoint: Endpoint, addresses_of: Callable[[PeerId], Sequence[Address]]) -> Send:
-    """`Send` over the network: the connection that is there, else one dialled to what `addresses_of` gives.
-
-    That must be addresses that the peer itself has proven, and private ones only on the LAN: whom to dial is never the
-    client's word. None known: PeerUnreachable.
-    """
-
-    async def send(
-        peer: PeerId, method: str, head: Mapping[str, Any], body: Sequence[Buffer], priority: Priority, /
-    ) -> None:
-        connection = endpoint.connections.get(peer)
-        if connection is None or connection.leaving:
-            addresses = addresses_of(peer)
-            if not addresses:
-                raise PeerUnreachable(f"no address is known for peer {peer.short}..")
-            connection = await endpoint.connect(*addresses)
-        await connection.request(method, head, body, priority=priority)
-
-    return send
