@@ -40,6 +40,7 @@ class Commands:
 
     state: Path
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
+    started: list[subprocess.Popen[str]] = field(default_factory=list)
 
     def environment(self) -> dict[str, str]:
         return {
@@ -52,7 +53,16 @@ class Commands:
     def start(self, *words: str, **streams: Any) -> subprocess.Popen[str]:
         streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams}
         command = [sys.executable, "-m", "petalite", *words]
-        return subprocess.Popen(command, cwd=self.state, env=self.environment(), text=True, **streams)
+        process = subprocess.Popen(command, cwd=self.state, env=self.environment(), text=True, **streams)
+        self.started.append(process)
+        return process
+
+    def close(self) -> None:
+        """End what a failed test left, and close what every process was read through."""
+        for process in self.started:
+            process.kill()
+            with process:
+                pass
 
     def run(self, *words: str, stdin: str | None = None) -> Done:
         with self.start(*words, stdin=subprocess.PIPE) as process:
@@ -116,7 +126,9 @@ def with_peers() -> Callable[[Sequence[dict[str, Any]]], list[str]]:
 def commands(tmp_path: Path) -> Iterator[Commands]:
     commands = Commands(tmp_path)
     yield commands
-    assert commands.left() == []
+    left = commands.left()
+    commands.close()
+    assert left == []
 
 
 @pytest.fixture(scope="session")
