@@ -22,6 +22,8 @@ def limit_memory() -> None:
 
 
 def main() -> None:
+    if any(name.startswith("petalite") for name in sys.modules):
+        raise RuntimeError("petalite was imported before it could be instrumented: the fuzzer would be blind")
     with atheris.instrument_imports(include=["petalite"]):
         target = targets.find(sys.argv[1])
     limit_memory()

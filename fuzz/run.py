@@ -27,6 +27,7 @@ from fuzz import coverage, seeds, targets  # noqa: E402 - only after the path
 FINDINGS = ROOT / "fuzz" / "findings"
 CORPUS = ROOT / "fuzz" / "corpus"
 DECODER_RUNS, CONNECTION_RUNS = 1_000_000, 100_000
+CONNECTIONS = ("handshake", "connection", "whole_connection")  # thousands of times the work of a decoder
 SLOW_SECONDS = 10  # for one input: a hang
 MAX_INPUT = {"manifest": 20_000, "packing": 70_000, "frames": 70_000}  # else 4,096: longer inputs say little new
 
@@ -90,7 +91,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         corpus = CORPUS if given.long else Path(scratch)
         for name in names:
-            runs = given.runs or (CONNECTION_RUNS if name == "whole_connection" else DECODER_RUNS)
+            runs = given.runs or (CONNECTION_RUNS if name in CONNECTIONS else DECODER_RUNS)
             limit = {"runs": runs} if given.long else {"seconds": max(1, given.seconds // len(names))}
             outcomes.append(fuzz(name, corpus / name, **limit))
             print(outcomes[-1], flush=True)

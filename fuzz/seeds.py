@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -55,6 +56,25 @@ def of(target: str) -> list[bytes]:
     """All seeds of one target, with the inputs that once were findings."""
     found = list(_SEEDS[target]()) + [path.read_bytes() for path in sorted((REGRESSIONS / target).glob("*"))]
     return [b"", *dict.fromkeys(found)]
+
+
+def near_misses(name: str, count: int) -> list[bytes]:
+    """Seeds with some bytes changed, cut out or doubled; the same ones every time."""
+    draw, found = random.Random(name), of(name)
+    start = list(found)
+    for _ in range(count):
+        data = bytearray(draw.choice(start))
+        for _ in range(draw.randrange(1, 4)):
+            at = draw.randrange(len(data) + 1)
+            match draw.randrange(3):
+                case 0 if at < len(data):
+                    data[at] = draw.randrange(256)
+                case 1:
+                    del data[at : at + draw.randrange(1, 9)]
+                case _:
+                    data[at:at] = draw.choice((data[at : at + 5], draw.randbytes(2), b"\xdd\xff\xff\xff\xff"))
+        found.append(bytes(data))
+    return found
 
 
 def _frames() -> Iterator[bytes]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+from typing import TYPE_CHECKING
 
-from fuzz.decoders import Target
+if TYPE_CHECKING:  # the engine instruments what is imported later
+    from fuzz.decoders import Target
 
 _DECODERS = "packing frames hello certificate tensors messages dht_records dht_messages txt addresses"
 MODULES = {

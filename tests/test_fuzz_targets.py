@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import random
 import subprocess
 import sys
 import tracemalloc
@@ -18,28 +17,10 @@ BOUND = 10 * 2**20
 SECONDS = 30 if os.environ.get("CI") else 8
 
 
-def near_misses(name: str, count: int) -> list[bytes]:
-    """Seeds with some bytes changed, cut out or doubled; the same ones every time."""
-    draw, found = random.Random(name), list(seeds.of(name))
-    for _ in range(count):
-        data = bytearray(draw.choice(found[: len(seeds.of(name))]))
-        for _ in range(draw.randrange(1, 4)):
-            at = draw.randrange(len(data) + 1)
-            match draw.randrange(3):
-                case 0 if at < len(data):
-                    data[at] = draw.randrange(256)
-                case 1:
-                    del data[at : at + draw.randrange(1, 9)]
-                case _:
-                    data[at:at] = draw.choice((data[at : at + 5], draw.randbytes(2), b"\xdd\xff\xff\xff\xff"))
-        found.append(bytes(data))
-    return found
-
-
 @pytest.mark.parametrize("name", targets.NAMES)
 def test_target_holds_over_seeds_and_near_misses(name: str) -> None:
     target = targets.find(name)
-    inputs = near_misses(name, 60 if name in ("connection", "whole_connection", "handshake", "manifest") else 500)
+    inputs = seeds.near_misses(name, 60 if name in ("connection", "whole_connection", "handshake", "manifest") else 500)
     target(inputs[0])  # what is made once is nobody's fault
     tracemalloc.start()
     try:

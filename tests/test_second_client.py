@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import re
 import subprocess
 from pathlib import Path
@@ -11,8 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fuzz import seeds
+from fuzz.decoders import NOW, STATIC
+from petalite.errors import HandshakeError, RemoteProtocolError, RequestError
 from petalite.identity import SwarmKey
-from petalite.wire import tensors
+from petalite.limits import MAX_FRAME
+from petalite.wire import certificate, frames, packing, tensors
+from petalite.wire.hello import Hello
 from tools.clients import compare
 
 JS = compare.CLIENT
@@ -109,3 +115,74 @@ def test_agreement_ends_at_a_close_choice_and_fails_before_it() -> None:
     assert compare.agreement(made([1, 9, 9], []), theirs, 0.02) == 1
     assert compare.agreement(made([9, 2, 3], []), theirs, 0.02) is None
     assert compare.agreement(made([1, 2, 9], []), theirs, 0.0) is None
+
+
+def judged_here(count: int) -> list[tuple[str, str]]:
+    """Inputs, valid and nearly valid, with what this implementation makes of them: see test/verdicts.mjs."""
+    made = []
+    for data in [*seeds.near_misses("frames", count), *seeds.near_misses("packing", count)]:
+        try:
+            value = packing.decode(data, max_size=MAX_FRAME, max_str=MAX_FRAME)
+            known = not isinstance(frames.decode(memoryview(data)), frames.Ignorable)
+            verdict = f"frame {value[0]} {packing.encode(value).hex()}" if known else "ignored"
+        except RemoteProtocolError:
+            verdict = "refused"
+        made.append((f"frame {data.hex()}", verdict))
+    for data in seeds.near_misses("certificate", count):
+        try:
+            certificate.verify(data, STATIC, b"petalite", NOW)
+            made.append((f"certificate {data.hex()}", "certificate"))
+        except HandshakeError:
+            made.append((f"certificate {data.hex()}", "refused"))
+    for data in seeds.near_misses("hello", count):
+        plain = b"\x92\x00" + data
+        try:
+            frame = frames.decode(memoryview(plain))
+            hello = Hello.from_wire(frame.head) if isinstance(frame, frames.Hello) else Hello()
+            made.append((f"hello {plain.hex()}", f"hello {hello.max_body} {hello.max_streams}"))
+        except (RemoteProtocolError, RequestError):
+            made.append((f"hello {plain.hex()}", "refused"))
+    return [*made, *judged_bodies(count)]
+
+
+def judged_bodies(count: int) -> list[tuple[str, str]]:
+    draw = random.Random(3)
+    scales = [
+        np.float32(x).tobytes() for x in (0, 1, 2.0**-118, 2.0**-149, 515.875, 515.8749, 2.0**120, 2.0**121, -0.0, -1)
+    ]
+    made = []
+    for _ in range(count):
+        dtype, codec, shape = (
+            draw.choice(("f32", "f16", "bf16")),
+            draw.choice(tensors.CODECS),
+            draw.choice(((1, 3), (1, 66))),
+        )
+        descriptor = tensors.Descriptor("h", dtype, shape, codec)
+        body = bytearray(draw.randbytes(tensors.encoded_size(descriptor)))
+        if codec == tensors.INT8:
+            body = body.replace(b"\x80", b"\x7f")
+            for at in range(0, 4 * -(-shape[1] // 64), 4):
+                body[at : at + 4] = draw.choice(scales)
+        try:
+            array = tensors.decode(descriptor, bytes(body))
+            fine = tensors.is_finite(dtype, array)
+            verdict = (
+                f"values {np.ascontiguousarray(tensors._widen(array, dtype)).tobytes().hex()}" if fine else "refused"
+            )
+        except RequestError:
+            verdict = "refused"
+        made.append((f"body {dtype} {codec} {shape[0]}x{shape[1]} {body.hex()}", verdict))
+    return made
+
+
+def test_it_takes_and_refuses_what_the_reference_does() -> None:
+    cases = judged_here(1_500)
+    lines = "".join(f"{line}\n" for line, _ in cases)
+    program = str(JS / "test" / "verdicts.mjs")
+    done = subprocess.run([compare.node(), program], input=lines, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    # where several rules are broken at once, either code may be given
+    answers = [re.sub(r"^refused \d+$", "refused", answer) for answer in done.stdout.splitlines()]
+    different = [(line, want, got) for (line, want), got in zip(cases, answers, strict=True) if want != got]
+    assert not different, different[:5]
+    assert sum(want == "refused" for _, want in cases) > 1_000 < sum(want != "refused" for _, want in cases)

@@ -84,13 +84,23 @@ export class SwarmKey {
   }
 }
 
+const ADDRESS = /^petalite:\/\/([^@]+)@(?:\[([0-9a-fA-F:.]+(?:%[A-Za-z0-9_.-]+)?)\]|([^:\[\]]+)):([0-9]{1,5})$/;
+const LABEL = /^[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?$/i;
+const BYTE = /^(0|[1-9][0-9]{0,2})$/;
+
+/** An IPv4 address, or a name that cannot be mistaken for one. @param {string} host */
+function isHost(host) {
+  const labels = host.replace(/\.$/, "").split(".");
+  if (!/^[0-9]+$/.test(labels[labels.length - 1])) return host.length <= 253 && labels.every((label) => LABEL.test(label));
+  return !host.endsWith(".") && labels.length === 4 && labels.every((byte) => BYTE.test(byte) && Number(byte) < 256);
+}
+
 /** PT-IDN-030. @param {string} text @returns {{ peer: Uint8Array, host: string, port: number }} */
 export function parseAddress(text) {
-  const parts =
-    /^petalite:\/\/([a-z2-7]+)@(?:\[([0-9a-fA-F:.]+(?:%[A-Za-z0-9_.-]+)?)\]|([A-Za-z0-9_.-]+)):([0-9]{1,5})$/.exec(
-      text,
-    );
+  const parts = ADDRESS.exec(text);
   const port = Number(parts?.[4]);
-  if (!parts || port < 1 || port > 65_535) throw new TypeError(`not petalite://PEER_ID@HOST:PORT: ${text}`);
+  if (!parts || port < 1 || port > 65_535 || (parts[3] && !isHost(parts[3]))) {
+    throw new TypeError(`not petalite://PEER_ID@HOST:PORT: ${text}`);
+  }
   return { peer: parsePeerId(parts[1]), host: parts[2] ?? parts[3], port };
 }
