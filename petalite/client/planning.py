@@ -42,11 +42,16 @@ class Planner:
         self._push = push
         self._pause = FIRST_PAUSE
         self._failed_at: dict[PeerId, float] = {}
+        self._waiting_since: float | None = None
 
     def failed(self, peer: PeerId) -> None:
         """`peer` let us down: nobody in this process plans with it for a while."""
         self._failed_at[peer] = trio.current_time()
         self._node.failed(peer)
+
+    def progressed(self) -> None:
+        """Some server did something for us."""
+        self._waiting_since = None
 
     def step_done(self) -> None:
         self._pause = FIRST_PAUSE
@@ -117,13 +122,14 @@ class Planner:
         `release` is called when we have waited for cache room for ROOM_SECONDS: what the session holds elsewhere may
         be what somebody waits for who holds what we wait for.
 
-        Raises SessionError when the caller's deadline comes, at the latest after REPLACE_SECONDS; the RequestError of
-        a server that says again that it is our fault, when there is no other.
+        Raises SessionError when the caller's deadline comes, at the latest after REPLACE_SECONDS without progress; the
+        RequestError of a server that says again that it is our fault, when there is no other.
         """
-        started = trio.current_time()
+        if self._waiting_since is None:
+            self._waiting_since = trio.current_time()
         released = False
         while True:
-            waited = trio.current_time() - started
+            waited = trio.current_time() - self._waiting_since
             changed = self._node.directory.changed
             found = self.find(blocks, tokens, any_class=waited >= CLASS_PATIENCE)
             if isinstance(found, Route):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
@@ -21,12 +20,14 @@ from petalite.client.calls import Calls, Outcome, Terms
 from petalite.client.hop import Hop, HopState
 from petalite.client.pipeline import Action, Check, Extend, Open, Pipeline, Plan, Push, Send
 from petalite.client.planning import Planner, SessionError
+from petalite.client.pushing import PUSH_SECONDS, Part, PushTrust
 from petalite.client.verdicts import Judge, Verdict, retry_after
 from petalite.errors import HandshakeError, LocalProtocolError, PeerLost, RequestError
 from petalite.identity import PeerId
 from petalite.net.nursery import open_flat_nursery
 from petalite.swarm.node import Node
 from petalite.swarm.routing import Route
+from petalite.swarm.snapshot import Span
 from petalite.wire.tensors import encoded_size
 
 __all__ = ["InferenceSession", "SessionError"]
@@ -38,19 +39,6 @@ HAND_OVER_SECONDS = 1.0
 # A step that is worked on for longer may be worth taking elsewhere.
 SLOW_SECONDS = 2.0
 SLOW_AVOID_SECONDS = 30.0
-# A pushed step that has not come so long after the hop before it was done is sent by ourselves.
-PUSH_SECONDS = 1.0
-PUSH_OFF_SECONDS = (5.0, 300.0)
-
-
-@dataclass(slots=True, eq=False)
-class _Part:
-    """One hop's share of a pushed step."""
-
-    send: Send
-    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
-    settled: trio.Event = field(default_factory=trio.Event)
-    done: bool = False
 
 
 class InferenceSession:
@@ -99,9 +87,9 @@ class InferenceSession:
         self._leftover: list[Hop] = []
         self._lost: list[str] = []
         self._lost_at: float | None = None
+        self._told_waiting = False
         self._hand_over_at = 0.0
-        self._push_at = 0.0 if push else float("inf")
-        self._push_pause = PUSH_OFF_SECONDS[0]
+        self._trust = PushTrust(push)
         self._step_seconds: dict[PeerId, float] = {}
         self.failovers = 0
         self.failover_seconds = 0.0
@@ -148,7 +136,7 @@ class InferenceSession:
         pipeline.feed(values)
         try:
             while not pipeline.complete:
-                await self._advance(pipeline.ready(push=trio.current_time() >= self._push_at))
+                await self._advance(pipeline.ready(push=self._trust.holds(trio.current_time())))
                 if progress is not None:
                     progress(pipeline.done_tokens)
         except BaseException:
@@ -181,6 +169,7 @@ class InferenceSession:
         self._judge.step_done()
         self._planner.step_done()
         self._lost.clear()
+        self._told_waiting = False
         if self._lost_at is not None:
             self.failover_seconds += trio.current_time() - self._lost_at
             self._lost_at = None
@@ -302,6 +291,7 @@ class InferenceSession:
         self._pipeline.replied(send, outcome.output)
         send.hop.draining = outcome.draining
         self._judge.succeeded(send.hop.peer)
+        self._planner.progressed()
         self._node.succeeded(send.hop.peer)
 
     def _note_seconds(self, send: Send, seconds: float) -> None:
@@ -329,8 +319,7 @@ class InferenceSession:
                 self._leftover += displaced
                 self._hand_over_at = trio.current_time() + HAND_OVER_SECONDS
                 return
-            if self._lost:
-                self._notice(f"{self._take_lost()}, waiting for another server of blocks {action.blocks}")
+            self._tell_waiting(action.blocks)
             route = await self._planner.wait(action.blocks, tokens, lambda: self._release_behind(action.blocks.end))
         self._planner.settle_class(route)
         made = pipeline.assign([(hop.peer, hop.blocks) for hop in route.hops], self._planner.pushing())
@@ -341,6 +330,12 @@ class InferenceSession:
             )
         elif self._lost:
             self._notice(f"{self._take_lost()}, taking {names}")
+
+    def _tell_waiting(self, blocks: Span) -> None:
+        """Once a step; before anything has worked, the error at the end says it all."""
+        if self._lost or (self._pipeline.position and not self._told_waiting):
+            self._told_waiting = True
+            self._notice(", ".join(filter(None, [self._take_lost(), f"waiting for a server of blocks {blocks}"])))
 
     def _take_lost(self) -> str:
         lost, self._lost = self._lost, []
@@ -371,17 +366,13 @@ class InferenceSession:
         A hop that does not get it in time, and those behind it, are served by ourselves afterwards: the same step
         sent twice is done once.
         """
-        parts = [_Part(send) for send in action.sends]
+        parts = [Part(send) for send in action.sends]
         async with open_flat_nursery() as nursery:
             for i in range(len(parts)):
                 nursery.start_soon(self._push_part, parts, i)
-        if all(part.done for part in parts):
-            self._push_pause = PUSH_OFF_SECONDS[0]
-        else:
-            self._push_at = trio.current_time() + self._push_pause
-            self._push_pause = min(2 * self._push_pause, PUSH_OFF_SECONDS[1])
+        self._trust.pushed(all(part.done for part in parts), trio.current_time())
 
-    async def _push_part(self, parts: Sequence[_Part], i: int) -> None:
+    async def _push_part(self, parts: Sequence[Part], i: int) -> None:
         part, hop = parts[i], parts[i].send.hop
         with part.scope:
             if i == 0:
@@ -398,7 +389,7 @@ class InferenceSession:
             usual = self._step_seconds.get(parts[i + 1].send.hop.peer, PUSH_SECONDS)
             parts[i + 1].scope.deadline = trio.current_time() + PUSH_SECONDS + 3 * usual
 
-    async def _await_pushed(self, before: _Part, part: _Part) -> None:
+    async def _await_pushed(self, before: Part, part: Part) -> None:
         """Take the outcome of a pushed step, but only where that of the hop before was good: it fed this one."""
         try:
             outcome = await self._calls.await_pushed(part.send)

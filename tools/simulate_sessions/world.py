@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import trio
@@ -28,11 +30,13 @@ from petalite.net.tcp import Accept, Bound
 from petalite.net.transport import Transport
 from petalite.server.blockserver import BlockServer
 from petalite.server.executor import run_inline as run_blocks_inline
-from petalite.server.push import sender_over
+from petalite.server.push import Send
 from petalite.swarm.directory import Directory, server_info
 from petalite.swarm.node import Node
 from petalite.swarm.snapshot import Snapshot
 from petalite.testing import MemoryHost, MemoryNet, MemoryTransport
+from petalite.wire.frames import Buffer
+from petalite.wire.writer import Priority
 
 CACHE_TOKENS = 4_096
 
@@ -195,13 +199,16 @@ async def no_tap(place: Place, call: Call, handler: Handler) -> Reply:
 class World:
     """Made by `open_world`. `places` in the order of the spans given; `notices` are the lines a user would see."""
 
-    def __init__(self, parts: Parts, net: MemoryNet, nursery: trio.Nursery, tap: Tap) -> None:
+    def __init__(
+        self, parts: Parts, net: MemoryNet, nursery: trio.Nursery, tap: Tap, randbytes: Callable[[int], bytes]
+    ) -> None:
         self.parts = parts
         self.places: list[Place] = []
         self.notices: list[str] = []
         self.net = net
         self._nursery = nursery
         self._tap = tap
+        self._randbytes = randbytes
 
     async def add(
         self, start: int, end: int, rate: float, *, push: bool, idle_seconds: float, session_seconds: float
@@ -222,7 +229,7 @@ class World:
         place = Place(server, endpoint, host, address, rate)
         endpoint.handlers.update({method: self._tapped(place, each) for method, each in server.methods.items()})
         if push:
-            server.pusher.enable(endpoint.peer_id, sender_over(endpoint, self._addresses_of))
+            server.pusher.enable(endpoint.peer_id, self._sender(endpoint))
         self.places.append(place)
         return place
 
@@ -230,7 +237,7 @@ class World:
         self, server: BlockServer, host: Host, idle_seconds: float, task_status: trio.TaskStatus[Endpoint]
     ) -> None:
         async with (
-            open_endpoint(Identity.generate(), carrier=host, idle_seconds=idle_seconds) as endpoint,
+            open_endpoint(Identity.generate(self._randbytes), carrier=host, idle_seconds=idle_seconds) as endpoint,
             trio.open_nursery() as nursery,
         ):
             await nursery.start(server.run)
@@ -242,15 +249,21 @@ class World:
 
         return answer
 
-    def _addresses_of(self, peer: PeerId) -> list[Address]:
-        return [place.address for place in self.places if place.peer == peer]
+    def _sender(self, endpoint: Endpoint) -> Send:
+        async def send(
+            peer: PeerId, method: str, head: Mapping[str, Any], body: Sequence[Buffer], priority: Priority, /
+        ) -> None:
+            connection = await endpoint.connect(*(place.address for place in self.places if place.peer == peer))
+            await connection.request(method, head, body, priority=priority)
+
+        return send
 
     @asynccontextmanager
     async def client(self, *, push: bool = True, wire: str = "f32", idle_seconds: float = 10.0) -> AsyncIterator[Model]:
         """The model as a client of this world sees it."""
         host = Host(self.net, "10.1.0.1")
         async with (
-            open_endpoint(Identity.generate(), carrier=host, idle_seconds=idle_seconds) as endpoint,
+            open_endpoint(Identity.generate(self._randbytes), carrier=host, idle_seconds=idle_seconds) as endpoint,
             trio.open_nursery() as nursery,
         ):
             node = Node(endpoint, nursery, ())
@@ -276,13 +289,15 @@ async def open_world(
     idle_seconds: float = 10.0,
     session_seconds: float = limits.SESSION_IDLE_SECONDS,
     net: MemoryNet | None = None,
+    randbytes: Callable[[int], bytes] = os.urandom,
 ) -> AsyncIterator[World]:
     """Servers of `spans`, and slower ones of `spares`, which are used when the others fail.
 
     Connections are closed after `idle_seconds` without use, sessions dropped after `session_seconds`.
+    `randbytes` decides who everybody is.
     """
     async with trio.open_nursery() as nursery:
-        world = World(parts, net or MemoryNet(), nursery, tap)
+        world = World(parts, net or MemoryNet(), nursery, tap, randbytes)
         for rate, group in ((1000.0, spans), (1.0, spares)):
             for start, end in group:
                 await world.add(start, end, rate, push=push, idle_seconds=idle_seconds, session_seconds=session_seconds)

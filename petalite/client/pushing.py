@@ -1,0 +1,44 @@
+"""What a session remembers about steps that servers pass on among themselves (spec 07, push)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import trio
+
+from petalite.client.pipeline import Send
+
+# A pushed step that has not come so long after the hop before it was done is sent by ourselves.
+PUSH_SECONDS = 1.0
+# How long steps go by way of the client after a push that failed; doubles while they fail.
+FIRST_PAUSE = 5.0
+LONGEST_PAUSE = 300.0
+
+
+@dataclass(slots=True, eq=False)
+class Part:
+    """One hop's share of a pushed step. `done` means something once it is `settled`."""
+
+    send: Send
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    settled: trio.Event = field(default_factory=trio.Event)
+    done: bool = False
+
+
+class PushTrust:
+    """Whether to try pushing now; pure, time is an argument."""
+
+    def __init__(self, wanted: bool) -> None:
+        self._from = 0.0 if wanted else float("inf")
+        self._pause = FIRST_PAUSE
+
+    def holds(self, now: float) -> bool:
+        return now >= self._from
+
+    def pushed(self, well: bool, now: float) -> None:
+        """A step was pushed, and came to every hop or not."""
+        if well:
+            self._pause = FIRST_PAUSE
+        else:
+            self._from = now + self._pause
+            self._pause = min(2 * self._pause, LONGEST_PAUSE)

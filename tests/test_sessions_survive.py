@@ -1,0 +1,423 @@
+"""Nothing stops the story: real servers and a real client in memory, the embedded model in float32, f32 on the wire.
+
+The whole matrix and ten thousand seeded runs: `python tools/simulate_sessions`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+import torch
+import trio
+import trio.testing
+from transformers import BloomForCausalLM
+
+from petalite.client.session import InferenceSession, SessionError
+from petalite.errors import LocalProtocolError, RequestError
+from petalite.models import FAIRYTALE, find_model
+from petalite.net.call import Call, Handler, Reply
+from tools.simulate_sessions import faults
+from tools.simulate_sessions.matrix import PROMPT, REQUIRED, SPANS, SPARES, all_cases, judge, run_case
+from tools.simulate_sessions.runs import make_parts, run_seed
+from tools.simulate_sessions.world import Place, World, load_parts, open_world, tell
+
+TOKENS = 20
+# Virtual seconds that no scene may need.
+PATIENCE = 7200.0
+
+
+@cache
+def undisturbed() -> tuple[int, ...]:
+    return tuple(run_case(load_parts(), None, TOKENS).told)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def play(scene: Callable[..., object], *args: object) -> object:
+    """Run an async scene under a mock clock."""
+
+    async def main() -> object:
+        with trio.fail_after(PATIENCE):
+            return await scene(*args)  # type: ignore[misc]
+
+    return trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+def test_the_undisturbed_story_is_that_of_transformers() -> None:
+    model = BloomForCausalLM.from_pretrained(find_model(FAIRYTALE), dtype=torch.float32)
+    prompt = torch.tensor([load_parts().local.tokenizer.encode(PROMPT).ids])
+    told = model.generate(prompt, max_new_tokens=TOKENS, do_sample=False, attention_mask=torch.ones_like(prompt))
+    assert tuple(told[0, prompt.shape[1] :].tolist()) == undisturbed()
+
+
+@pytest.mark.parametrize("kind", faults.FAULTS)
+def test_one_fault_at_any_token_of_any_hop_changes_nothing(kind: str) -> None:
+    cases = list(all_cases(TOKENS, [kind]))
+    chosen = cases[:6] + cases[7::23] if kind in REQUIRED else cases[8::41]
+    for case in chosen:
+        verdict = run_case(load_parts(), case, TOKENS)
+        assert judge(verdict, undisturbed()) == "", verdict
+        assert verdict.happened or (kind, case.push) == ("accusation", True) or case.hop, verdict
+
+
+class Script:
+    """A tap that does to the i-th request of a kind what it is told."""
+
+    def __init__(self, *acts: tuple[int, str, str]) -> None:
+        """`acts`: (place, method, fault), one after the other."""
+        self.acts = list(acts)
+        self.world: World | None = None
+        self.armed = False
+
+    async def __call__(self, place: Place, call: Call, handler: Handler) -> Reply:
+        if self.armed and self.acts and self.world is not None:
+            index, method, kind = self.acts[0]
+            if self.world.places[index] is place and call.method == method:
+                self.acts.pop(0)
+                return await faults.FAULTS[kind][0](place, call, handler)
+        return await handler(call)
+
+
+async def disturbed(script: Script, at: int = 5, push: bool = False) -> tuple[tuple[int, ...], World]:
+    """The story, with the script beginning before token `at`."""
+
+    def before(token: int, session: InferenceSession) -> None:
+        script.armed = token >= at
+
+    async with open_world(load_parts(), SPANS, SPARES, tap=script, push=push) as world:
+        script.world = world
+        async with world.client(push=push) as model:
+            told = await tell(model, model.encode(PROMPT), TOKENS, before=before)
+    assert not script.acts
+    return tuple(told), world
+
+
+@pytest.mark.parametrize("push", [False, True])
+@pytest.mark.parametrize("kind", ["death", "silence", "error", "shape"])
+def test_the_replacement_fails_during_its_replay(kind: str, push: bool) -> None:
+    async def scene() -> None:
+        # Hop 1 dies; the first of the two spares that take its blocks over fails in the replay; the other one remains
+        # alone with blocks 4:6 until place 1 is back.
+        script = Script((1, "step" if not push else "push", "reset"), (1, "step", "error"), (3, "step", kind))
+
+        async def reviver(world: World) -> None:
+            await trio.sleep(20)
+            for place in world.places:
+                place.host.resume()
+
+        def before(token: int, session: InferenceSession) -> None:
+            script.armed = token >= 5
+
+        async with open_world(load_parts(), SPANS, SPARES, tap=script, push=push) as world, trio.open_nursery() as n:
+            script.world = world
+            n.start_soon(reviver, world)
+            async with world.client(push=push) as model:
+                assert tuple(await tell(model, model.encode(PROMPT), TOKENS, before=before)) == undisturbed()
+            n.cancel_scope.cancel()
+        assert not script.acts
+
+    play(scene)
+
+
+def test_two_servers_die_at_the_same_token() -> None:
+    async def scene() -> None:
+        told, _ = await disturbed(Script((0, "step", "death"), (2, "step", "death")))
+        assert told == undisturbed()
+
+    play(scene)
+
+
+def test_two_faults_in_one_generation() -> None:
+    async def scene() -> None:
+        told, world = await disturbed(Script((1, "step", "garbage"), (3, "step", "position"), (0, "step", "amnesia")))
+        assert told == undisturbed()
+        assert len(world.notices) >= 3
+
+    play(scene)
+
+
+@pytest.mark.parametrize("push", [False, True])
+def test_all_holders_are_gone_and_one_comes_back(push: bool) -> None:
+    async def scene() -> None:
+        async def outage(world: World) -> None:
+            for place in world.places:
+                place.host.die()
+            await trio.sleep(45)
+            for place in world.places[:3]:
+                place.host.resume()
+
+        async with open_world(load_parts(), SPANS, SPARES, push=push) as world, trio.open_nursery() as nursery:
+
+            def before(token: int, session: InferenceSession) -> None:
+                if token == 7:
+                    nursery.start_soon(outage, world)
+
+            async with world.client(push=push) as model:
+                told = await tell(model, model.encode(PROMPT), TOKENS, before=before)
+            assert tuple(told) == undisturbed()
+            assert 45 <= trio.current_time() <= 60
+            assert any("waiting for a server of blocks" in notice for notice in world.notices)
+
+    play(scene)
+
+
+def test_when_nobody_comes_back_the_error_names_peer_blocks_and_cause_at_the_deadline() -> None:
+    async def scene() -> None:
+        async with open_world(load_parts(), SPANS) as world, world.client() as model:
+            peer = world.places[1].peer
+            async with model.session(max_len=40) as session:
+                await session.step(await model.embed([[5, 6, 7]]))
+                world.places[1].host.die()
+                started = trio.current_time()
+                with pytest.raises(SessionError) as caught, trio.fail_after(30):
+                    await session.step(await model.embed([[8]]))
+                assert trio.current_time() - started <= 30
+                assert peer.short in str(caught.value)
+                assert "3:6" in str(caught.value)
+                assert "connection" in str(caught.value)
+                assert session.position == 3
+                # The session can be used on when the server is back.
+                world.places[1].host.resume()
+                await session.step(await model.embed([[8]]))
+                assert session.position == 4
+
+    play(scene)
+
+
+def test_without_a_deadline_of_the_caller_the_wait_for_a_server_ends_by_itself() -> None:
+    async def scene() -> None:
+        async with open_world(load_parts(), SPANS) as world, world.client() as model:
+            world.places[2].host.die()
+            async with model.session(max_len=40) as session:
+                with pytest.raises(SessionError):
+                    await session.step(await model.embed([[5]]))
+            assert trio.current_time() < 180
+
+    play(scene)
+
+
+# Detection
+
+
+@pytest.mark.parametrize("push", [False, True])
+def test_a_stopped_server_is_noticed_after_two_seconds_and_not_dialled_again(push: bool) -> None:
+    async def scene() -> float:
+        times: list[float] = []
+        async with open_world(load_parts(), SPANS, SPARES, push=push) as world, world.client(push=push) as model:
+
+            def before(token: int, session: InferenceSession) -> None:
+                times.append(trio.current_time())
+                if token == 5:
+                    world.places[1].host.stop()
+
+            assert tuple(await tell(model, model.encode(PROMPT), TOKENS, before=before)) == undisturbed()
+        return max(b - a for a, b in itertools.pairwise(times))
+
+    pause = play(scene)
+    assert isinstance(pause, float)
+    assert 1.9 <= pause <= 2.6  # half a second until the ping, which the system takes, then two of silence
+
+
+def test_a_busy_server_that_says_so_is_waited_for() -> None:
+    async def slow(place: Place, call: Call, handler: Handler) -> Reply:
+        if call.method == "step" and place.rate == 1000.0:
+            await trio.sleep(4)
+        return await handler(call)
+
+    async def scene() -> None:
+        # The spares are announced to be a thousand times slower: leaving would not pay.
+        async with open_world(load_parts(), SPANS, SPARES, tap=slow, push=False) as world:
+            async with world.client(push=False) as model:
+                told = await tell(model, model.encode(PROMPT), 4)
+            assert tuple(told) == undisturbed()[:4]
+            assert world.notices == []
+
+    play(scene)
+
+
+def test_a_server_much_slower_than_another_is_left() -> None:
+    crawling: list[Place] = []
+
+    async def crawl(place: Place, call: Call, handler: Handler) -> Reply:
+        if call.method == "step" and place in crawling:
+            await trio.sleep(50)
+        return await handler(call)
+
+    async def scene() -> None:
+        async with open_world(load_parts(), (*SPANS, (3, 6)), SPARES, tap=crawl, push=False) as world:
+
+            def before(token: int, session: InferenceSession) -> None:
+                if token == 5:
+                    (peer,) = [peer for peer, blocks in session.route if blocks == (3, 6)]
+                    crawling.append(world.place_of(peer))
+
+            async with world.client(push=False) as model:
+                told = await tell(model, model.encode(PROMPT), TOKENS, before=before)
+            assert tuple(told) == undisturbed()
+            assert any("too slow" in notice for notice in world.notices)
+            assert trio.current_time() < 10
+
+    play(scene)
+
+
+# Whose fault it is
+
+
+def test_what_every_server_calls_our_fault_is_raised_and_names_a_peer() -> None:
+    async def accuse(place: Place, call: Call, handler: Handler) -> Reply:
+        return await (faults.accusation if call.method == "step" else no_tap_handler)(place, call, handler)
+
+    async def no_tap_handler(place: Place, call: Call, handler: Handler) -> Reply:
+        return await handler(call)
+
+    async def scene() -> None:
+        async with open_world(load_parts(), SPANS, SPARES, tap=accuse) as world, world.client() as model:
+            async with model.session(max_len=40) as session:
+                with pytest.raises(RequestError, match="unicorn"), trio.fail_after(60):
+                    await session.step(await model.embed([[5]]))
+            assert trio.current_time() < 10
+
+    play(scene)
+
+
+def test_an_error_of_our_own_bans_nobody() -> None:
+    async def scene() -> None:
+        async with (
+            open_world(load_parts(), SPANS) as world,
+            world.client() as model,
+            model.session(max_len=40) as session,
+        ):
+            hidden = await model.embed([[5, 6]])
+            await session.step(hidden)
+            with pytest.raises(LocalProtocolError):
+                await session.step(hidden * float("nan"))
+            assert session.position == 2
+            assert model.node.bans.entries == {}
+            await session.step(hidden)
+            assert session.position == 4
+            assert session.failovers == 0
+
+    play(scene)
+
+
+# Parking
+
+
+@pytest.mark.parametrize(("minutes", "replayed"), [(9, 0), (60, 3 * 8)])
+def test_a_session_left_alone_goes_on(minutes: int, replayed: int) -> None:
+    async def scene() -> None:
+        async with open_world(load_parts(), SPANS, push=False) as world, world.client(push=False) as model:
+            prompt = model.encode(PROMPT)
+            tokens = [*prompt, *undisturbed()]
+            expected = await outputs(world, tokens)
+            async with model.session(max_len=60) as session:
+                outcome = [await session.step(await model.embed([tokens[:8]]))]
+                await trio.sleep(60 * minutes)
+                assert not model.node.endpoint.connections
+                assert (world.cache_left_over() > 0) == (minutes < 10)
+                outcome += [await session.step(await model.embed([[token]])) for token in tokens[8:12]]
+                assert torch.allclose(torch.cat(outcome, dim=1), expected[:, :12], atol=1e-4)
+                assert session.replayed_tokens == replayed
+                assert session.failovers == 0
+            await trio.sleep(700)
+            assert world.cache_left_over() == 0
+
+    play(scene)
+
+
+async def outputs(world: World, tokens: list[int]) -> torch.Tensor:
+    """What all blocks give for `tokens`, run here at once."""
+    with torch.inference_mode():
+        hidden = world.parts.local.embeddings(torch.tensor([tokens]))
+        result: torch.Tensor = world.parts.blocks(hidden)
+    return result
+
+
+# Batches and beams
+
+
+@pytest.mark.parametrize("kind", ["death", "amnesia", "position"])
+@pytest.mark.parametrize("push", [False, True])
+def test_beams_and_rollbacks_survive_a_lost_server(kind: str, push: bool) -> None:
+    async def scene() -> None:
+        script = Script((1, "await" if push and kind != "death" else "push" if push else "step", kind))
+        rows = torch.randint(4, 6000, (3, 12), generator=torch.Generator().manual_seed(1))
+        async with open_world(load_parts(), SPANS, SPARES, tap=script, push=push) as world:
+            script.world = world
+            async with world.client(push=push) as model, model.session(max_len=40, batch=3) as session:
+
+                async def step(columns: torch.Tensor) -> torch.Tensor:
+                    return await session.step(await model.embed(columns.tolist()))
+
+                await step(rows[:, :6])
+                session.reorder([2, 2, 0])
+                session.truncate(5)
+                script.armed = True
+                fresh = torch.randint(4, 6000, (3, 3), generator=torch.Generator().manual_seed(2))
+                output = torch.cat([await step(fresh[:, i : i + 1]) for i in range(3)], dim=1)
+            whole = torch.cat([rows[[2, 2, 0], :5], fresh], dim=1)
+            with torch.inference_mode():
+                expected = world.parts.blocks(world.parts.local.embeddings(whole))[:, 5:]
+            assert torch.allclose(output, expected, atol=1e-4)
+        assert not script.acts
+
+    play(scene)
+
+
+# Room
+
+
+def test_a_full_server_is_waited_for_and_the_session_then_begins() -> None:
+    async def scene() -> None:
+        async with (
+            open_world(load_parts(), [(0, 8)]) as world,
+            world.client() as first,
+            world.client() as second,
+            trio.open_nursery() as nursery,
+        ):
+
+            async def hold() -> None:
+                async with first.session(max_len=4000) as session:
+                    await session.step(await first.embed([[5]]))
+                    await trio.sleep(8)
+
+            nursery.start_soon(hold)
+            await trio.sleep(1)
+            async with second.session(max_len=4000) as session:
+                await session.step(await second.embed([[5]]))
+            assert 8 <= trio.current_time() <= 12
+
+    play(scene)
+
+
+# Seeded runs
+
+
+@pytest.mark.parametrize("first", range(0, 60, 10))
+def test_seeded_runs(first: int) -> None:
+    parts = tiny()
+    for seed in range(first, first + 10):
+        report = run_seed(parts, seed)
+        assert report.problem == "", report
+
+
+@cache
+def tiny() -> object:
+    return make_parts()
+
+
+def test_a_seed_repeats_its_run() -> None:
+    one, other = run_seed(tiny(), 3), run_seed(tiny(), 3)
+    assert one.trace == other.trace
+    assert (one.steps, one.failovers, one.replayed, one.seconds) == (
+        other.steps,
+        other.failovers,
+        other.replayed,
+        other.seconds,
+    )
