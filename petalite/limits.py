@@ -29,6 +29,7 @@ IDLE_SECONDS = 10.0
 MAX_FRAME = 65_519
 MAX_FRAME_BEFORE_HELLO = 4_096
 MAX_DATA = 65_000
+MAX_INLINE_BODY = 32 * 1024  # of a body that travels in the frame of its head
 MAX_HEAD_FRAME = 16_384  # any frame but DATA and ERR
 MAX_METHOD = 64
 MAX_AGENT = 128
@@ -59,7 +60,7 @@ SHARED_QUANTUM = 16 * 1024  # body bytes in a row while others wait; MAX_DATA fo
 MIN_QUANTUM = 4 * 1024  # no smaller piece is cut for a slow socket
 LOW_CLASS_EVERY = 16
 WRITE_AHEAD = 256 * 1024
-WRITE_AHEAD_SLOW = 16 * 1024
+WRITE_AHEAD_SLOW = 8 * 1024
 MAX_CONTROL_QUEUE = 256 * 1024  # a peer that reads nothing is not read from either
 
 # msgpack (spec/04)

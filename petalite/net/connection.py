@@ -32,7 +32,8 @@ __all__ = ["Call", "Handler", "PeerConnection", "Reply"]
 
 log = logging.getLogger("petalite.net")
 
-_SLOW_SECONDS = 0.002  # a batch that needs longer than this to leave is a queue that nothing urgent can overtake
+_NOTHING = memoryview(b"")
+_SLOW_SECONDS = 0.001  # a batch that needs longer than this to leave is a queue that nothing urgent can overtake
 OnProgress = Callable[[Mapping[str, Any]], None]
 
 
@@ -80,7 +81,7 @@ class PeerConnection:
         self._core = Connection(
             initiator=initiator, hello=hello, quota=quota, now=trio.current_time(), idle_seconds=idle_seconds
         )
-        self._rest = memoryview(b"")  # encrypted, but not yet taken by the transport
+        self._rest = _NOTHING  # encrypted, but not yet taken by the transport
         self._taken = 0  # bytes since `_progress_at`
         self._progress_at = trio.current_time()
         self._batch = limits.WRITE_AHEAD // 4  # doubles with each batch that leaves quickly
@@ -233,7 +234,7 @@ class PeerConnection:
             now = trio.current_time()
             while (plain := reader.next_frame()) is not None:
                 core.receive_frame(plain, now)
-                if core.has_events:
+                if core.events:
                     self._dispatch()
             if core.writer:
                 self._flush()
@@ -278,10 +279,11 @@ class PeerConnection:
         """
         if not self._writer_waits:
             return
-        if self._core.writer:
+        core = self._core
+        if core.writer:
             self._encrypt_batch()
             self._sent(self._transport.send_now(self._rest))
-        if self._rest or self._core.writer or self._core.finished:
+        if self._rest or core.writer or core.leaving:
             self._writer_waits = False
             self._wake.set()
 
@@ -291,7 +293,7 @@ class PeerConnection:
     def _sent(self, count: int) -> None:
         if count:
             now = trio.current_time()
-            self._rest = self._rest[count:]
+            self._rest = _NOTHING if count == len(self._rest) else self._rest[count:]
             self.bytes_sent += count
             self._core.sent(now)
             self._taken += count
@@ -331,7 +333,9 @@ class PeerConnection:
     # Events
 
     def _dispatch(self) -> None:
-        while (event := self._core.next_event()) is not None:
+        waiting = self._core.events
+        while waiting:
+            event = waiting.popleft()
             _DISPATCH[type(event)](self, event)
 
     def _on_hello(self, event: events.HelloReceived) -> None:

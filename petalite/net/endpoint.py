@@ -19,7 +19,7 @@ from petalite.net.connection import Handler, PeerConnection
 from petalite.net.tcp import Carrier, Tcp
 from petalite.net.transport import Transport
 from petalite.wire.handshake import Established, Handshake, Role
-from petalite.wire.hello import Hello
+from petalite.wire.hello import INLINE, Hello
 from petalite.wire.quota import Quota
 from petalite.wire.records import Scratch
 
@@ -61,7 +61,7 @@ class Endpoint:
         self.network = network or (swarm_key.network_id if swarm_key else PUBLIC_NETWORK)
         self.handlers: dict[str, Handler] = dict(handlers or {})
         self.allow = allow
-        self.capabilities = dict(capabilities or {})
+        self.capabilities: dict[str, Any] = {INLINE: {}, **(capabilities or {})}
         self.agent = agent
         self.idle_seconds = idle_seconds
         self.connections: dict[PeerId, PeerConnection] = {}

@@ -13,7 +13,7 @@ from typing import Any, Final
 from petalite import limits
 from petalite.errors import GoAwayCode, PeerUnreachable, RemoteProtocolError, RequestError
 from petalite.wire import events, frames
-from petalite.wire.hello import Hello
+from petalite.wire.hello import INLINE, Hello
 from petalite.wire.liveness import Liveness, Verdict
 from petalite.wire.quota import Quota
 from petalite.wire.replier import Replier
@@ -37,13 +37,17 @@ class Connection:
         self.idle_seconds = idle_seconds
         self.busy_at = now
         """When a request was last open, in either direction."""
+        self.leaving = False
+        """Either side has said GOAWAY: no new request may start here."""
+        self.events: deque[events.Event] = deque()
+        """What the owner has to hear, oldest first; `next_event` takes one."""
         self.ignored_frames = 0
         """How many frames of unknown ignorable types have come."""
-        self._requester = Requester(1 if initiator else 2, self.writer, quota, self._emit)
-        self._replier = Replier(2 if initiator else 1, self.writer, quota, self._emit)
+        self._requester = Requester(1 if initiator else 2, self.writer, quota, self.events.append)
+        self._replier = Replier(2 if initiator else 1, self.writer, quota, self.events.append)
+        self._inline = INLINE in hello.capabilities
         self._ours = DirectionState.OPEN
         self._theirs = DirectionState.SILENT
-        self._events: deque[events.Event] = deque()
         self._opened_at = now
         self._liveness = Liveness(now)
         self._ping_sent_at: float | None = None
@@ -53,11 +57,6 @@ class Connection:
         self.writer.control(frames.encode(frames.Hello(hello.to_wire())))
 
     # What the owner asks
-
-    @property
-    def leaving(self) -> bool:
-        """Either side has said GOAWAY: no new request may start here."""
-        return DirectionState.LEAVING in (self._ours, self._theirs)
 
     @property
     def peer_leaving(self) -> bool:
@@ -73,16 +72,9 @@ class Connection:
         """GOAWAY was said and all requests are through: the connection may be closed once the writer is empty."""
         return self.leaving and not self.open_requests
 
-    @property
-    def has_events(self) -> bool:
-        return bool(self._events)
-
     def next_event(self) -> events.Event | None:
         """The next event, or NEED_DATA."""
-        return self._events.popleft() if self._events else NEED_DATA
-
-    def _emit(self, event: events.Event) -> None:
-        self._events.append(event)
+        return self.events.popleft() if self.events else NEED_DATA
 
     # Verbs: requests
 
@@ -145,6 +137,7 @@ class Connection:
 
     def _write_goaway(self, code: GoAwayCode, text: str) -> None:
         self._ours = DirectionState.LEAVING
+        self.leaving = True
         self._replier.accepting = False
         text = text.encode(errors="replace").decode()[: limits.MAX_GOAWAY_TEXT]
         self.writer.control(frames.encode(frames.GoAway(code, self._replier.last_taken, text)))
@@ -157,6 +150,7 @@ class Connection:
     def lost(self, reason: str) -> None:
         """Every open request ends as an event and every reservation is given back."""
         self._ours = self._theirs = DirectionState.LEAVING
+        self.leaving = True
         self._replier.accepting = False
         self._requester.fail_all(reason)
         self._replier.abort_all()
@@ -199,7 +193,7 @@ class Connection:
     def _look_for_life(self, now: float) -> None:
         verdict = self._liveness.look(now)
         if verdict is Verdict.DEAD:
-            self._emit(events.PeerSilent(self._liveness.silence(now)))
+            self.events.append(events.PeerSilent(self._liveness.silence(now)))
         elif verdict is Verdict.PING:
             self.ping(now)
 
@@ -223,11 +217,17 @@ class Connection:
             self.peer_hello = Hello.from_wire(frame.head)
         except RequestError as error:
             raise RemoteProtocolError(f"bad HELLO: {error.text}") from error
+        self._requester.inline = self._replier.inline = self._inline and INLINE in self.peer_hello.capabilities
         self._requester.max_body = min(self.peer_hello.max_body, limits.MAX_BODY)
         self._requester.max_streams = min(self.peer_hello.max_streams, limits.MAX_STREAMS)
-        self._emit(events.HelloReceived(self.peer_hello))
+        self.events.append(events.HelloReceived(self.peer_hello))
+
+    def _check_inline(self, frame: frames.Req | frames.Res) -> None:
+        if frame.body is not None and not self._inline:
+            raise RemoteProtocolError("a body in the frame of its head was not offered", GoAwayCode.FRAME)
 
     def _on_req(self, frame: frames.Req, now: float) -> None:
+        self._check_inline(frame)
         self.busy_at = now
         self._replier.on_req(frame, now)
 
@@ -235,6 +235,7 @@ class Connection:
         (self._requester if self._requester.owns(frame.stream) else self._replier).on_data(frame, now)
 
     def _on_res(self, frame: frames.Res, now: float) -> None:
+        self._check_inline(frame)
         self.busy_at = now
         self._requester.on_res(frame, now)
 
@@ -261,12 +262,13 @@ class Connection:
         if self._ping_sent_at is not None and frame.payload == expected:
             self.round_trip = now - self._ping_sent_at
             self._ping_sent_at = None
-            self._emit(events.PongReceived(self.round_trip))
+            self.events.append(events.PongReceived(self.round_trip))
 
     def _on_goaway(self, frame: frames.GoAway, now: float) -> None:
+        self.leaving = True
         reason = readable(frame.text) or _goaway_word(frame.code)
         self._requester.fail_above(frame.last_stream, PeerUnreachable(f"the peer is leaving: {reason}"))
-        self._emit(events.GoAwayReceived(frame.code, reason))
+        self.events.append(events.GoAwayReceived(frame.code, reason))
 
     def _on_ignorable(self, frame: frames.Ignorable, now: float) -> None:
         self.ignored_frames += 1

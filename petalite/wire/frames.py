@@ -41,17 +41,23 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class Req:
+    """`body`: all of it, where it travels in the same frame (PT-FRM-014)."""
+
     stream: int
     end: bool
     method: str
     head: Head
+    body: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Res:
+    """`body`: as in Req."""
+
     stream: int
     end: bool
     head: Head
+    body: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,12 +118,17 @@ Frame = Hello | Req | Res | Data | Err | Cancel | Ping | Pong | GoAway | Progres
 def encode(frame: Frame) -> bytes:
     """One frame as plaintext bytes. Raises LocalProtocolError if it breaks a limit of spec 02."""
     data = packing.encode(_FIELDS[type(frame)](frame))
-    limit = limits.MAX_FRAME if isinstance(frame, Data) else limits.MAX_HEAD_FRAME
+    limit = limits.MAX_FRAME if isinstance(frame, Data) else limits.MAX_HEAD_FRAME + _body_size(frame)
     if len(data) > limit:
         raise LocalProtocolError(f"{type(frame).__name__} frame of {len(data)} bytes, limit {limit}")
     if isinstance(frame, Req):
         _check_method(frame.method)
     return data
+
+
+def _body_size(frame: Frame) -> int:
+    """Bytes of a body that travels with a head."""
+    return len(frame.body) if isinstance(frame, Req | Res) and frame.body is not None else 0
 
 
 LARGEST_STREAM = 2**53 - 1
@@ -153,6 +164,11 @@ def with_stream(encoded: bytes, stream: int) -> bytes:
     return encoded[:2] + _packed_uint(stream) + encoded[11:]
 
 
+def with_body(encoded: bytes, size: int) -> bytes:
+    """An encoded REQ or RES as it stands before its own `size` body bytes: one element more, whose bytes follow."""
+    return bytes((encoded[0] + 1,)) + encoded[1:] + b"\xc5" + size.to_bytes(2, "big")
+
+
 def _packed_uint(value: int) -> bytes:
     if value < 0x80:
         return bytes((value,))
@@ -168,8 +184,8 @@ _HELLO, _REQ, _RES, _DATA, _ERR, _CANCEL, _PING, _PONG, _GOAWAY, _PROGRESS = (in
 
 _FIELDS: dict[type, Callable[[Any], list[Any]]] = {
     Hello: lambda frame: [_HELLO, _map(frame.head)],
-    Req: lambda frame: [_REQ, frame.stream, int(frame.end), frame.method, _map(frame.head)],
-    Res: lambda frame: [_RES, frame.stream, int(frame.end), _map(frame.head)],
+    Req: lambda frame: [_REQ, frame.stream, int(frame.end), frame.method, _map(frame.head), *_inline(frame)],
+    Res: lambda frame: [_RES, frame.stream, int(frame.end), _map(frame.head), *_inline(frame)],
     Data: lambda frame: [_DATA, frame.stream, int(frame.end), bytes(frame.body)],
     Err: lambda frame: [_ERR, frame.stream, int(frame.code), frame.text, _map(frame.detail)],
     Cancel: lambda frame: [_CANCEL, frame.stream],
@@ -179,6 +195,10 @@ _FIELDS: dict[type, Callable[[Any], list[Any]]] = {
     Progress: lambda frame: [_PROGRESS, frame.stream, _map(frame.head)],
     Ignorable: lambda frame: [frame.type],
 }
+
+
+def _inline(frame: Req | Res) -> list[bytes]:
+    return [] if frame.body is None else [frame.body]
 
 
 def _map(head: Head) -> dict[str, Any]:
@@ -206,9 +226,12 @@ def decode(data: memoryview) -> Frame:
     kind = values[0]
     builder = _BUILDERS.get(kind)
     if builder is not None:
-        if kind != FrameType.DATA and kind != FrameType.ERR and len(data) > limits.MAX_HEAD_FRAME:
-            raise _malformed(f"frame of {len(data)} bytes, limit {limits.MAX_HEAD_FRAME}")
-        return builder(values)
+        frame = builder(values)
+        if len(data) > limits.MAX_HEAD_FRAME and kind != _DATA and kind != _ERR:
+            size = len(data) - _body_size(frame)
+            if size > limits.MAX_HEAD_FRAME:
+                raise _malformed(f"frame of {size} bytes, limit {limits.MAX_HEAD_FRAME}")
+        return frame
     if FIRST_IGNORABLE <= kind < FIRST_INVALID:
         return Ignorable(kind)
     raise RemoteProtocolError(f"unknown frame type {kind}")
@@ -282,14 +305,27 @@ def _hello(values: list[Any]) -> Hello:
 
 
 def _req(values: list[Any]) -> Req:
-    _, stream, flags, method, head = _arity(values, 5)
+    body = _inline_body(values, 5)
+    _, stream, flags, method, head = values
     _check_str(method, "method", limits.MAX_METHOD)
-    return Req(_check_stream(stream), _check_flags(flags), method, _check_map(head))
+    return Req(_check_stream(stream), _check_flags(flags), method, _check_map(head), body)
 
 
 def _res(values: list[Any]) -> Res:
-    _, stream, flags, head = _arity(values, 4)
-    return Res(_check_stream(stream), _check_flags(flags), _check_map(head))
+    body = _inline_body(values, 4)
+    _, stream, flags, head = values
+    return Res(_check_stream(stream), _check_flags(flags), _check_map(head), body)
+
+
+def _inline_body(values: list[Any], count: int) -> bytes | None:
+    """Takes a body off the end of a frame that has one element more than `count`."""
+    if len(values) == count:
+        return None
+    _arity(values, count + 1)
+    body = values.pop()
+    if type(body) is not bytes or not 0 < len(body) <= limits.MAX_INLINE_BODY:
+        raise _malformed(f"a body in the frame of its head is a bin of 1..{limits.MAX_INLINE_BODY} bytes")
+    return body
 
 
 def _data(values: list[Any]) -> Data:

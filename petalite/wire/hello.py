@@ -10,6 +10,7 @@ from petalite import limits
 from petalite.wire import packing
 
 MINOR = 0
+INLINE = "inline"  # capability: a small body may travel in the frame of its head
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,8 +10,8 @@ from petalite.errors import ErrorCode, LocalProtocolError, RemoteProtocolError, 
 from petalite.wire import events, frames, packing
 from petalite.wire.quota import Quota
 from petalite.wire.state import StreamEvent, StreamState
-from petalite.wire.streams import IncomingBody, PeerRequest, uint_field
-from petalite.wire.writer import Outgoing, Priority, PriorityWriter
+from petalite.wire.streams import IncomingBody, PeerRequest, body_size, uint_field
+from petalite.wire.writer import Priority, PriorityWriter
 
 
 class Replier:
@@ -21,6 +21,8 @@ class Replier:
         self, first_id: int, writer: PriorityWriter, quota: Quota, emit: Callable[[events.Event], None]
     ) -> None:
         self.accepting = True
+        self.inline = False
+        """The peer takes small bodies in the frame of their head."""
         self.last_taken = 0
         self._parity = first_id % 2
         self._highest = 0
@@ -41,28 +43,31 @@ class Replier:
 
         Raises LocalProtocolError for a head that has no place on the wire; nothing is sent then.
         """
-        if request.state is not StreamState.WAITING or request.outgoing is not None:
+        if request.state is not StreamState.WAITING or request.queued:
             return
-        message = Outgoing(lambda: self._start(request), body, priority, lambda: self._close(request))
-        size = message.size
+        request.load(body, priority)
+        size = request.size
         if size > request.max_reply:
             text = f"reply of {size} bytes, the request takes {request.max_reply}"
             self.error(request, RequestError(ErrorCode.RESOURCES, text))
             return
-        request.encoded = frames.encode_res(request.stream, size == 0, {**head, "size": size})
+        request.inline = self.inline and 0 < size <= limits.MAX_INLINE_BODY
+        request.encoded = frames.encode_res(request.stream, size == 0 or request.inline, {**head, "size": size})
         request.drop_body()
         if not self._quota.reserve(size):
             error = RequestError(ErrorCode.RESOURCES, "replies wait unread", {"retry": True, "after": 1000})
             self.error(request, error)
             return
         request.reply_reserved = size
-        request.outgoing = message
-        self._writer.put(message)
+        self._writer.put(request)
 
-    def _start(self, request: PeerRequest) -> tuple[int, bytes]:
-        """The writer has come to the reply of `request`."""
-        request.advance(StreamEvent.RES if request.reply_reserved else StreamEvent.RES_END)
-        return request.stream, request.encoded
+    def begin(self, stream: PeerRequest) -> None:
+        """The writer has come to the reply."""
+        stream.advance(StreamEvent.RES_END if stream.inline or not stream.size else StreamEvent.RES)
+
+    def written(self, stream: PeerRequest) -> None:
+        stream.state = StreamState.CLOSED
+        self._settle(stream)
 
     def error(self, request: PeerRequest, error: RequestError) -> None:
         """End the stream with ERR. A text or detail that has no place on the wire is left out."""
@@ -80,7 +85,7 @@ class Replier:
     def finish(self, request: PeerRequest) -> None:
         """The handler and its thread work have ended: the stream no longer counts once its reply is out."""
         request.handler_running = False
-        if request.state is StreamState.WAITING and request.outgoing is None:
+        if request.state is StreamState.WAITING and not request.queued:
             # Its handler was stopped by us: at the end of the process, or by a bug.
             code = ErrorCode.INTERNAL if self.accepting else ErrorCode.UNAVAILABLE
             self.error(request, RequestError(code, "the request was not answered"))
@@ -88,9 +93,7 @@ class Replier:
 
     def _close(self, request: PeerRequest) -> None:
         request.state = StreamState.CLOSED
-        if request.outgoing is not None:
-            self._writer.remove(request.outgoing)
-            request.outgoing = None
+        self._writer.remove(request)
         self._settle(request)
 
     def _settle(self, request: PeerRequest) -> None:
@@ -117,7 +120,7 @@ class Replier:
     def handle_timer(self, now: float) -> None:
         for request in list(self._open.values()):
             if request.state is StreamState.WAITING and request.handler_running:
-                if request.outgoing is None and now - request.progress_at >= limits.PROGRESS_SECONDS:
+                if not request.queued and now - request.progress_at >= limits.PROGRESS_SECONDS:
                     request.progress_at = now
                     self._writer.control(frames.encode(frames.Progress(request.stream, request.progress)))
             elif request.state is StreamState.REQUESTING and request.body and request.body.stalled(now):
@@ -138,10 +141,10 @@ class Replier:
         if not self.accepting:
             return  # crossed with our GOAWAY, whose last stream tells the peer that this one was not taken
         self.last_taken = frame.stream
-        request = PeerRequest(frame.stream, frame.method, frame.head, now)
+        request = PeerRequest(frame, now, self)
         request.advance(StreamEvent.REQ_END if frame.end else StreamEvent.REQ)
         try:
-            self._admit(request, frame.end, now)
+            self._admit(request, frame, now)
         except RequestError as error:
             self.error(request, error)
             return
@@ -149,19 +152,19 @@ class Replier:
         if frame.end:
             self._deliver(request, now)
 
-    def _admit(self, request: PeerRequest, end: bool, now: float) -> None:
+    def _admit(self, request: PeerRequest, frame: frames.Req, now: float) -> None:
         if len(self._open) >= limits.MAX_STREAMS:
             text = f"{limits.MAX_STREAMS} requests are open"
             raise RequestError(ErrorCode.REFUSED, text, {"retry": True, "after": 100})
         head = request.head
         packing.refuse_critical(head)
-        size = uint_field(head, "size", 0)
-        if end != (size == 0):
-            raise RequestError(ErrorCode.BAD_REQUEST, f"END must stand on REQ exactly when size is 0, not {size}")
+        size = body_size(frame)
         request.max_reply = uint_field(head, "max", 0)
         if head.get("dl") is not None:
             request.deadline_ms = min(uint_field(head, "dl", 0), int(limits.MAX_DEADLINE_SECONDS * 1000))
         request.body = IncomingBody(size, self._quota, now)
+        if frame.body is not None:
+            request.body.add(frame.body, True, now)
 
     def _deliver(self, request: PeerRequest, now: float) -> None:
         request.handler_running = True

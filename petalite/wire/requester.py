@@ -18,8 +18,8 @@ from petalite.errors import (
 from petalite.wire import events, frames, packing
 from petalite.wire.quota import Quota
 from petalite.wire.state import StreamEvent, StreamState
-from petalite.wire.streams import IncomingBody, OwnRequest, readable, uint_field
-from petalite.wire.writer import Outgoing, Priority, PriorityWriter
+from petalite.wire.streams import IncomingBody, OwnRequest, body_size, readable
+from petalite.wire.writer import Priority, PriorityWriter
 
 _KNOWN_CODES = frozenset(ErrorCode)
 
@@ -32,6 +32,8 @@ class Requester:
     ) -> None:
         self.max_body = limits.MAX_BODY
         self.max_streams = limits.MAX_STREAMS
+        self.inline = False
+        """The peer takes small bodies in the frame of their head."""
         self._next_id = first_id
         self._writer = writer
         self._quota = quota
@@ -57,35 +59,34 @@ class Requester:
         deadline_ms: int | None,
     ) -> OwnRequest:
         """Queue a request. Raises LocalProtocolError, or RequestError(REFUSED) above the peer's limit of streams."""
-        request = OwnRequest(method, max_reply)
-        message = Outgoing(lambda: self._start(request), body, priority, lambda: self._end_body(request))
-        size = message.size
+        request = OwnRequest(method, max_reply, self)
+        request.load(body, priority)
+        size = request.size
         if size > self.max_body:
             raise LocalProtocolError(f"request body of {size} bytes is larger than the {self.max_body} the peer takes")
-        if len(self) >= self.max_streams:
+        if len(self._open) + len(self._unsent) >= self.max_streams:
             text = f"{self.max_streams} requests to the peer are open already"
             raise RequestError(ErrorCode.REFUSED, text, {"retry": True, "after": 100})
         fields: dict[str, Any] = {**head, "size": size, "max": max_reply}
         if deadline_ms is not None:
             fields["dl"] = deadline_ms
-        request.encoded = frames.encode_req(size == 0, method, fields)
-        request.outgoing = message
+        request.inline = self.inline and 0 < size <= limits.MAX_INLINE_BODY
+        request.encoded = frames.encode_req(size == 0 or request.inline, method, fields)
         self._unsent[request] = None
-        self._writer.put(message)
+        self._writer.put(request)
         return request
 
-    def _start(self, request: OwnRequest) -> tuple[int, bytes]:
-        """The writer has come to `request`: it gets its stream id."""
-        del self._unsent[request]
-        stream = request.stream = self._next_id
-        self._next_id = stream + 2
-        self._open[stream] = request
-        request.advance(StreamEvent.REQ if request.outgoing and request.outgoing.size else StreamEvent.REQ_END)
-        return stream, frames.with_stream(request.encoded, stream)
+    def begin(self, stream: OwnRequest) -> None:
+        """The writer has come to this request: it gets its id (PT-STR-003)."""
+        del self._unsent[stream]
+        stream.stream = self._next_id
+        self._next_id += 2
+        self._open[stream.stream] = stream
+        stream.advance(StreamEvent.REQ_END if stream.inline or not stream.size else StreamEvent.REQ)
 
-    def _end_body(self, request: OwnRequest) -> None:
-        if request.state is StreamState.REQUESTING:
-            request.advance(StreamEvent.REQUEST_DATA_END)
+    def written(self, stream: OwnRequest) -> None:
+        if stream.state is StreamState.REQUESTING:
+            stream.advance(StreamEvent.REQUEST_DATA_END)
 
     def cancel(self, request: OwnRequest) -> None:
         """No reply is wanted any more; a request not yet written just disappears. Safe to call at any time."""
@@ -96,9 +97,7 @@ class Requester:
         """Give back all that `request` holds. True if it was open on the wire."""
         request.drop_body()
         request.state = StreamState.CLOSED
-        if request.outgoing is not None:
-            self._writer.remove(request.outgoing)
-            request.outgoing = None
+        self._writer.remove(request)
         self._unsent.pop(request, None)
         return self._open.pop(request.stream, None) is not None
 
@@ -139,14 +138,14 @@ class Requester:
             return
         try:
             packing.refuse_critical(frame.head)
-            size = uint_field(frame.head, "size", 0)
-            if frame.end != (size == 0):
-                raise RequestError(ErrorCode.BAD_REQUEST, f"END must stand on RES exactly when size is 0, not {size}")
+            size = body_size(frame)
             if size > request.max_reply:
                 text = f"reply of {size} bytes, at most {request.max_reply} asked for"
                 raise RequestError(ErrorCode.RESOURCES, text)
             request.reply_head = frame.head
             request.body = IncomingBody(size, self._quota, now)
+            if frame.body is not None:
+                request.body.add(frame.body, True, now)
         except RequestError as error:
             self._refuse_reply(request, error)
             return
@@ -167,7 +166,8 @@ class Requester:
             self._complete(request, request.body.buffer)
 
     def _complete(self, request: OwnRequest, body: bytearray) -> None:
-        self._forget(request)
+        request.drop_body()
+        del self._open[request.stream]
         self._emit(events.ReplyReceived(request, request.reply_head, body))
 
     def _refuse_reply(self, request: OwnRequest, error: PetaliteError) -> None:

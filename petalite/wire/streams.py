@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from petalite import limits
 from petalite.errors import ErrorCode, RemoteProtocolError, RequestError
-from petalite.wire import packing
+from petalite.wire import frames, packing
 from petalite.wire.frames import Buffer
 from petalite.wire.quota import Quota
 from petalite.wire.state import IGNORES_LATE_FRAMES, STREAM_TRANSITIONS, StreamEvent, StreamState
@@ -19,6 +19,7 @@ def readable(text: str) -> str:
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
+_S = TypeVar("_S", contravariant=True)
 _UINT = packing.Int(0)
 
 
@@ -28,6 +29,18 @@ def uint_field(head: Mapping[str, Any], name: str, default: int) -> int:
     if type(value) is int and 0 <= value < 2**63:
         return value
     return int(packing.field(head, name, _UINT, default))
+
+
+def body_size(frame: frames.Req | frames.Res) -> int:
+    """The size that a head declares. Raises RequestError(BAD_REQUEST) when END or a body in the frame contradict it."""
+    size = uint_field(frame.head, "size", 0)
+    if frame.body is not None:
+        if not frame.end or size != len(frame.body):
+            text = f"a frame with all of its body has END and its size, {len(frame.body)}, not {size}"
+            raise RequestError(ErrorCode.BAD_REQUEST, text)
+    elif frame.end != (size == 0):
+        raise RequestError(ErrorCode.BAD_REQUEST, f"END must stand on a head exactly when size is 0, not {size}")
+    return size
 
 
 _FIRST_PART = 8 * 2**20
@@ -65,6 +78,9 @@ class IncomingBody:
         if filled > self.size or (filled < self.size) == end:
             text = f"body of {filled} bytes{'' if end else ' or more'}, {self.size} declared"
             raise RequestError(ErrorCode.TENSOR, text)
+        if end and not start:  # all of it in one frame, as in every step
+            self.buffer, self.filled = bytearray(data), filled
+            return
         if filled > len(self.buffer):
             self._grow(filled)
         self._view[start:filled] = data
@@ -96,16 +112,26 @@ class IncomingBody:
             self._quota = None
 
 
-class _Stream:
-    __slots__ = ("body", "encoded", "method", "outgoing", "state", "stream")
+class Owner(Protocol[_S]):
+    """Who allots and closes streams of one kind."""
+
+    def begin(self, stream: _S) -> None:
+        """The writer has come to what `stream` sends."""
+
+    def written(self, stream: _S) -> None:
+        """The writer is through with it."""
+
+
+class _Stream(Outgoing):
+    __slots__ = ("body", "encoded", "method", "state")
 
     def __init__(self, stream: int, method: str) -> None:
         self.stream = stream
         self.method = method
         self.state = StreamState.IDLE
         self.body: IncomingBody | None = None
-        self.outgoing: Outgoing | None = None
         self.encoded = b""
+        self.queued = False
 
     def advance(self, event: StreamEvent) -> bool:
         """Move by the table. False: a late frame to drop. Raises RemoteProtocolError where the table has no entry."""
@@ -117,6 +143,10 @@ class _Stream:
         self.state = following
         return True
 
+    def encode_inline(self) -> bytes:
+        """`encoded`, or what stands before the body if that travels in the same frame."""
+        return frames.with_body(self.encoded, self.size) if self.inline else self.encoded
+
     def drop_body(self) -> None:
         if self.body is not None:
             self.body.release()
@@ -126,25 +156,34 @@ class _Stream:
 class OwnRequest(_Stream):
     """A request that we make. `stream` is 0 until it goes on the wire. `waiter` belongs to the connection's owner."""
 
-    __slots__ = ("max_reply", "reply_head", "waiter")
+    __slots__ = ("_owner", "max_reply", "reply_head", "waiter")
 
-    def __init__(self, method: str, max_reply: int) -> None:
+    def __init__(self, method: str, max_reply: int, owner: Owner[OwnRequest]) -> None:
         super().__init__(0, method)
         self.max_reply = max_reply
         self.reply_head: Mapping[str, Any] = {}
         self.waiter: Any = None
+        self._owner = owner
+
+    def make_head(self) -> bytes:
+        self._owner.begin(self)
+        return frames.with_stream(self.encode_inline(), self.stream)
+
+    def ended(self) -> None:
+        self._owner.written(self)
 
 
 class PeerRequest(_Stream):
     """A request that the peer makes. It counts against MAX_STREAMS until its handler has ended."""
 
     __slots__ = (
-        "arrived_at", "deadline_ms", "handler_running", "head", "max_reply", "progress", "progress_at", "reply_reserved"
+        "_owner", "arrived_at", "deadline_ms", "handler_running", "head", "max_reply", "progress", "progress_at",
+        "reply_reserved",
     )  # fmt: skip
 
-    def __init__(self, stream: int, method: str, head: Mapping[str, Any], now: float) -> None:
-        super().__init__(stream, method)
-        self.head = head
+    def __init__(self, frame: frames.Req, now: float, owner: Owner[PeerRequest]) -> None:
+        super().__init__(frame.stream, frame.method)
+        self.head = frame.head
         self.arrived_at = now
         self.max_reply = 0
         self.deadline_ms: int | None = None
@@ -152,11 +191,19 @@ class PeerRequest(_Stream):
         self.progress: Mapping[str, Any] = _RUNNING
         self.progress_at = 0.0
         self.reply_reserved = 0
+        self._owner = owner
 
     @property
     def data(self) -> bytearray:
         """The whole body of the request; empty where there is none."""
         return self.body.buffer if self.body is not None else bytearray()
+
+    def make_head(self) -> bytes:
+        self._owner.begin(self)
+        return self.encode_inline()
+
+    def ended(self) -> None:
+        self._owner.written(self)
 
 
 _RUNNING: Mapping[str, Any] = {"s": "running"}

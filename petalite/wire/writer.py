@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from enum import IntEnum
 
 from petalite import limits
@@ -19,22 +19,21 @@ class Priority(IntEnum):
 
 
 class Outgoing:
-    """A message waiting to be written: its head frame, made only when its turn comes, and its body pieces."""
+    """A message to be written: its head frame, made only when its turn comes, and its body pieces.
 
-    __slots__ = ("_at", "_piece", "_pieces", "make_head", "on_end", "priority", "size", "stream", "unsent")
+    `inline`: the head frame, whose last element is the body then, carries all of it (PT-FRM-014).
 
-    def __init__(
-        self,
-        make_head: Callable[[], tuple[int, bytes]],
-        body: Sequence[Buffer],
-        priority: Priority,
-        on_end: Callable[[], None],
-    ) -> None:
-        """`make_head()` gives stream id and plaintext head frame: ids rise in the order of writing."""
-        self.make_head = make_head
-        self.priority = priority
-        self.on_end = on_end
-        self.stream = 0
+    Requests and replies are subclasses, which spares each message two objects. The writer looks at `stream` once the
+    head is made: ids rise in the order of writing.
+    """
+
+    __slots__ = ("_at", "_next", "_pieces", "begun", "inline", "priority", "queued", "size", "stream", "unsent")
+
+    queued: bool
+    stream: int
+
+    def load(self, body: Sequence[Buffer], priority: Priority) -> None:
+        """Take the body; `size` is its length in bytes then."""
         pieces = []
         size = 0
         for piece in body:
@@ -45,12 +44,27 @@ class Outgoing:
                 pieces.append(view)
                 size += view.nbytes
         self._pieces = pieces
-        self._piece = self._at = 0
+        self._next = self._at = 0
         self.size = self.unsent = size
+        self.priority = priority
+        self.begun = self.inline = False
+
+    def take_all(self) -> memoryview:
+        """The whole body in one piece."""
+        self.unsent = 0
+        return self._pieces[0] if len(self._pieces) == 1 else memoryview(b"".join(self._pieces))
+
+    def make_head(self) -> bytes:
+        """The plaintext head frame; of one that is inline, all that stands before the body's bytes."""
+        raise NotImplementedError
+
+    def ended(self) -> None:
+        """All of it has been handed out."""
+        raise NotImplementedError
 
     def take(self, most: int) -> memoryview:
         """The next at most `most` body bytes, never across two pieces."""
-        piece = self._pieces[self._piece]
+        piece = self._pieces[self._next]
         left = piece.nbytes - self._at
         if left > most:
             part = piece[self._at : self._at + most]
@@ -58,7 +72,7 @@ class Outgoing:
             self.unsent -= most
             return part
         part = piece[self._at :] if self._at else piece
-        self._piece += 1
+        self._next += 1
         self._at = 0
         self.unsent -= left
         return part
@@ -89,18 +103,19 @@ class PriorityWriter:
     def put(self, message: Outgoing) -> None:
         self._classes[message.priority].append(message)
         self._messages += 1
+        message.queued = True
 
     def remove(self, message: Outgoing) -> None:
         """Forget what is left of `message`; nothing happens if it is through already."""
-        queue = self._classes[message.priority]
-        if message in queue:
-            queue.remove(message)
+        if message.queued:
+            self._classes[message.priority].remove(message)
             self._messages -= 1
+            message.queued = False
 
     def take(self, budget: int) -> list[Plain]:
         """Frames worth about `budget` bytes, in wire order. A small budget (a slow socket) makes small pieces."""
         frames: list[Plain] = []
-        longest = max(budget // 4, limits.MIN_QUANTUM)
+        longest = budget // 4 if budget > 4 * limits.MIN_QUANTUM else limits.MIN_QUANTUM
         while budget > 0:
             if self._control:
                 frame = self._control.popleft()
@@ -117,10 +132,11 @@ class PriorityWriter:
         queue = self._next_class()
         message = queue.popleft()
         written = 0
-        if not message.stream:
-            message.stream, head = message.make_head()
-            frames.append((head, None))
-            written = len(head)
+        if not message.begun:
+            head = message.make_head()
+            message.begun = True
+            written = len(head) + (message.size if message.inline else 0)
+            frames.append((head, message.take_all() if message.inline else None))
         if message.unsent:
             shared = self._messages > 1 and message.priority is not Priority.BULK
             quantum = limits.SHARED_QUANTUM if shared else limits.MAX_DATA
@@ -131,7 +147,8 @@ class PriorityWriter:
             queue.append(message)
         else:
             self._messages -= 1
-            message.on_end()
+            message.queued = False
+            message.ended()
         return written
 
     def _next_class(self) -> deque[Outgoing]:

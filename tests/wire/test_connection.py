@@ -38,12 +38,21 @@ HELLO = frames.Hello(Hello().to_wire())
 class Side:
     """One core, fed with frames and read as frames."""
 
-    def __init__(self, *, initiator: bool = False, hello: bool = True, quota: int = 10**6, **options: Any) -> None:
+    def __init__(
+        self,
+        *,
+        initiator: bool = False,
+        hello: bool = True,
+        quota: int = 10**6,
+        inline: tuple[bool, bool] = (False, False),
+        **options: Any,
+    ) -> None:
         self.quota = Quota(quota)
-        self.core = Connection(initiator=initiator, hello=Hello(), quota=self.quota, now=0.0, **options)
+        ours, theirs = (Hello(capabilities={"inline": {}} if listed else {}) for listed in inline)
+        self.core = Connection(initiator=initiator, hello=ours, quota=self.quota, now=0.0, **options)
         assert isinstance(self.sent()[0], frames.Hello)
         if hello:
-            self.feed(HELLO)
+            self.feed(frames.Hello(theirs.to_wire()))
             assert isinstance(self.events()[0], events.HelloReceived)
 
     def feed(self, *given: frames.Frame, now: float = 0.0) -> None:
@@ -226,6 +235,78 @@ def test_a_bad_hello_costs_the_connection(head: dict[str, Any]) -> None:
 def test_a_long_frame_before_hello_costs_the_connection() -> None:
     head = Hello().to_wire() | {"padding": bytes(limits.MAX_FRAME_BEFORE_HELLO)}
     assert fails(Side(hello=False), frames.Hello(head)) is GoAwayCode.FRAME
+
+
+# Bodies in the frame of their head (PT-FRM-014)
+
+
+@pytest.mark.parametrize("inline", [(False, False), (True, False), (False, True), (True, True)])
+def test_small_bodies_travel_with_their_head_where_both_say_so(inline: tuple[bool, bool]) -> None:
+    side = Side(initiator=True, inline=inline)
+    side.core.send_request("m", {}, (b"ab", b"", b"c"), now=0.0, max_reply=2)
+    head = {"size": 3, "max": 2}
+    if inline == (True, True):
+        assert side.sent() == [Req(1, True, "m", head, b"abc")]
+    else:
+        assert side.sent() == [Req(1, False, "m", head), Data(1, False, b"ab"), Data(1, True, b"c")]
+    side.feed(Req(2, True, "m", {"max": 5}))
+    side.core.send_reply(side.served(), {}, (b"reply",))
+    if inline == (True, True):
+        assert side.sent() == [Res(2, True, {"size": 5}, b"reply")]
+    else:
+        assert side.sent() == [Res(2, False, {"size": 5}), Data(2, True, b"reply")]
+    assert side.quota.used == 0
+
+
+def test_nothing_is_inline_before_the_peers_hello_or_above_the_limit() -> None:
+    side = Side(initiator=True, hello=False, inline=(True, True))
+    side.core.send_request("m", {}, (b"x",), now=0.0)
+    assert len(side.sent()) == 2
+    side.feed(frames.Hello(Hello(capabilities={"inline": {}}).to_wire()))
+    for size, count in ((limits.MAX_INLINE_BODY, 1), (limits.MAX_INLINE_BODY + 1, 2)):
+        side.core.send_request("m", {}, (bytes(size),), now=0.0)
+        assert len(side.sent()) == count
+
+
+def test_an_inline_request_and_reply_are_taken_and_accounted() -> None:
+    side = Side(inline=(True, True))
+    side.feed(Req(1, True, "m", {"size": 3}, b"abc"))
+    request = side.served()
+    assert request.data == b"abc" and side.quota.used == 3
+    side.core.send_reply(request, {})
+    side.core.finish(request)
+    assert side.quota.used == 0
+    asking = Side(initiator=True, inline=(True, True))
+    asking.core.send_request("m", {}, now=0.0, max_reply=3)
+    asking.sent()
+    asking.feed(Res(1, True, {"size": 3}, b"xyz"))
+    (event,) = asking.events()
+    assert isinstance(event, events.ReplyReceived) and event.body == b"xyz" and asking.quota.used == 0
+
+
+@pytest.mark.parametrize(
+    ("frame", "code"),
+    [
+        (Req(1, True, "m", {"size": 4}, b"abc"), ErrorCode.BAD_REQUEST),
+        (Req(1, False, "m", {"size": 3}, b"abc"), ErrorCode.BAD_REQUEST),
+        (Req(1, True, "m", {}, b"abc"), ErrorCode.BAD_REQUEST),
+    ],
+)
+def test_an_inline_body_that_contradicts_its_head_costs_its_stream(frame: Req, code: ErrorCode) -> None:
+    side = Side(inline=(True, True))
+    side.feed(frame)
+    (answer,) = side.sent()
+    assert isinstance(answer, Err) and answer.code == code
+    assert side.quota.used == 0 and side.core.open_requests == 0
+
+
+@pytest.mark.parametrize("inline", [(False, False), (False, True)])
+def test_an_inline_body_that_was_not_offered_costs_the_connection(inline: tuple[bool, bool]) -> None:
+    assert fails(Side(inline=inline), Req(1, True, "m", {"size": 1}, b"x")) is GoAwayCode.FRAME
+    side = Side(initiator=True, inline=inline)
+    side.core.send_request("m", {}, now=0.0, max_reply=3)
+    side.sent()
+    assert fails(side, Res(1, True, {"size": 1}, b"x")) is GoAwayCode.FRAME
 
 
 # Requests and bodies

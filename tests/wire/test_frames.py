@@ -22,8 +22,8 @@ values = st.recursive(
 heads = st.dictionaries(words, values, max_size=5)
 some_frames = st.one_of(
     st.builds(Hello, heads),
-    st.builds(Req, streams, st.booleans(), words, heads),
-    st.builds(Res, streams, st.booleans(), heads),
+    st.builds(Req, streams, st.booleans(), words, heads, st.none() | st.binary(min_size=1, max_size=300)),
+    st.builds(Res, streams, st.booleans(), heads, st.none() | st.binary(min_size=1, max_size=300)),
     st.builds(Data, streams, st.booleans(), st.binary(max_size=300)),
     st.builds(Err, streams, st.integers(0, 2**32 - 1), words, heads),
     st.builds(Cancel, streams),
@@ -84,6 +84,16 @@ def test_a_request_gets_its_stream_id_late(stream: int) -> None:
     assert decode(late) == Req(stream, False, "echo", {"a": 1})
 
 
+@pytest.mark.parametrize("size", [1, 255, 256, limits.MAX_INLINE_BODY])
+def test_a_body_that_travels_with_its_head(size: int) -> None:
+    body = bytes(range(256)) * (size // 256 + 1)
+    head = {"size": size, "x": bytes(limits.MAX_HEAD_FRAME - 100)}
+    req = frames.with_body(frames.with_stream(frames.encode_req(True, "echo", head), 77), size) + body[:size]
+    assert decode(req) == Req(77, True, "echo", head, body[:size])
+    res = frames.with_body(frames.encode_res(77, True, head), size) + body[:size]
+    assert decode(res) == Res(77, True, head, body[:size]) == decode(frames.encode(Res(77, True, head, body[:size])))
+
+
 def test_literal_bytes() -> None:
     assert frames.encode(Cancel(5)) == bytes.fromhex("92 05 05")
     assert frames.encode(Req(1, True, "ping", {})) == bytes.fromhex("95 01 01 01 a4 70696e67 80")
@@ -100,6 +110,10 @@ MALFORMED = {
     "type is a bool": msgpack.packb([True, 1, 0, "m", {}]),
     "HELLO of three": msgpack.packb([0, {}, 1]),
     "HELLO without a map": msgpack.packb([0, []]),
+    "inline body too long": msgpack.packb([2, 1, 1, {}, bytes(limits.MAX_INLINE_BODY + 1)]),
+    "inline body empty": msgpack.packb([2, 1, 1, {}, b""]),
+    "inline body is text": msgpack.packb([2, 1, 1, {}, "x"]),
+    "inline body and more": msgpack.packb([2, 1, 1, {}, b"x", b"y"]),
     "REQ of four": msgpack.packb([1, 1, 0, "m"]),
     "reserved flag bit": msgpack.packb([1, 1, 2, "m", {}]),
     "flags are a bool": msgpack.packb([1, 1, True, "m", {}]),

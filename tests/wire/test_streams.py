@@ -61,13 +61,18 @@ class TwoCores(RuleBasedStateMachine):
         super().__init__()
         self.quotas = [Quota(BUDGET), Quota(BUDGET)]
         self.cores = [
-            Connection(initiator=side == 0, hello=Hello(), quota=self.quotas[side], now=0.0, idle_seconds=10**9)
+            Connection(
+                initiator=side == 0, hello=self.hello(side), quota=self.quotas[side], now=0.0, idle_seconds=10**9
+            )
             for side in (0, 1)
         ]
         self.wires = [Wire(), Wire()]
         self.asked: list[list[Asked]] = [[], []]
         self.running: list[list[Asked]] = [[], []]
         self.now = 0.0
+
+    def hello(self, side: int) -> Hello:
+        return Hello(capabilities={"inline": {}})
 
     @initialize()
     def say_hello(self) -> None:
@@ -220,7 +225,10 @@ class TwoCores(RuleBasedStateMachine):
 
 
 class BrokenOff(TwoCores):
-    """The same, but at the end the connection is lost instead of drained."""
+    """The same, but bodies travel apart from heads, and at the end the connection is lost instead of drained."""
+
+    def hello(self, side: int) -> Hello:
+        return Hello()
 
     def teardown(self) -> None:
         for core in self.cores:

@@ -8,24 +8,22 @@ from petalite import limits
 from petalite.wire.writer import Outgoing, Plain, Priority, PriorityWriter
 
 
-class Message:
+class Message(Outgoing):
     """One queued message that notes when it began and ended."""
 
     def __init__(self, writer: PriorityWriter, stream: int, size: int, priority: Priority = Priority.STEP) -> None:
-        self.ended = self.begun = False
+        self.has_ended = False
         self.stream = stream
-        body = (bytes([stream]) * size,) if size else ()
-        self.outgoing = Outgoing(self._begin, body, priority, self._end)
-        writer.put(self.outgoing)
+        self.load((bytes([stream]) * size,) if size else (), priority)
+        writer.put(self)
 
-    def _begin(self) -> tuple[int, bytes]:
+    def make_head(self) -> bytes:
         assert not self.begun
-        self.begun = True
-        return self.stream, b"head%d" % self.stream
+        return b"head%d" % self.stream
 
-    def _end(self) -> None:
-        assert self.begun and not self.ended
-        self.ended = True
+    def ended(self) -> None:
+        assert self.begun and not self.has_ended
+        self.has_ended = True
 
 
 def owners(frames: list[Plain]) -> list[int]:
@@ -44,7 +42,7 @@ def test_a_message_is_its_head_and_its_pieces_in_order() -> None:
     assert frames[0] == (b"head1", None)
     assert sizes(frames) == [65_000, 65_000, 20_000]
     assert [prefix[5] for prefix, body in frames if body is not None] == [0, 0, 1]  # END on the last only
-    assert message.ended and not writer
+    assert message.has_ended and not writer
 
 
 def test_control_goes_first() -> None:
@@ -84,7 +82,7 @@ def test_bulk_shares_in_long_pieces() -> None:
 def test_a_small_budget_makes_small_pieces() -> None:
     writer = PriorityWriter()
     Message(writer, 1, 10**5, Priority.BULK)
-    assert sizes(writer.take(limits.WRITE_AHEAD_SLOW)) == [limits.MIN_QUANTUM] * 4
+    assert sizes(writer.take(limits.WRITE_AHEAD_SLOW)) == [limits.MIN_QUANTUM] * 2
 
 
 def test_lower_classes_get_one_turn_in_sixteen() -> None:
@@ -109,26 +107,26 @@ def test_a_removed_message_leaves_nothing() -> None:
     writer = PriorityWriter()
     first, second = Message(writer, 1, 10**6), Message(writer, 2, 10)
     writer.take(1)
-    writer.remove(first.outgoing)
+    writer.remove(first)
     assert next(prefix for prefix, _ in writer.take(10**6)) == b"head2"
-    assert not writer and second.ended and not first.ended
-    writer.remove(first.outgoing)  # once more does no harm
+    assert not writer and second.has_ended and not first.has_ended
+    writer.remove(first)  # once more does no harm
     assert not writer
 
 
 @pytest.mark.parametrize("pieces", [(), (b"",), (b"", b"ab", b"", b"c")])
 def test_empty_pieces_make_no_frames(pieces: tuple[bytes, ...]) -> None:
     writer = PriorityWriter()
-    ended = []
-    writer.put(Outgoing(lambda: (1, b"head"), pieces, Priority.STEP, lambda: ended.append(True)))
+    message = Message(writer, 1, 0)
+    message.load(pieces, Priority.STEP)
     frames = writer.take(10**6)
     assert b"".join(bytes(body) for _, body in frames if body is not None) == b"".join(pieces)
-    assert ended == [True]
+    assert message.has_ended
 
 
 def test_pieces_of_any_shape_are_bytes() -> None:
     array = memoryview(bytes(range(24))).cast("B", (2, 3, 4))
     writer = PriorityWriter()
-    writer.put(Outgoing(lambda: (1, b"head"), (array, bytearray(b"z")), Priority.STEP, lambda: None))
+    Message(writer, 1, 0).load((array, bytearray(b"z")), Priority.STEP)
     body = b"".join(bytes(part) for _, part in writer.take(10**6) if part is not None)
     assert body == bytes(range(24)) + b"z"

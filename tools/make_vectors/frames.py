@@ -26,8 +26,10 @@ VALID: dict[str, Frame] = {
     "REQ": Req(1, False, "echo", {"size": 3, "max": 3}),
     "REQ without a body": Req(2, True, "info", {}),
     "REQ, largest stream id": Req(2**53 - 1, True, "echo", {"dl": 1_500}),
+    "REQ with its body": Req(1, True, "echo", {"size": 3, "max": 3}, b"abc"),
     "RES": Res(1, False, {"size": 3}),
     "RES without a body": Res(1, True, {}),
+    "RES with its body": Res(1, True, {"size": 3}, b"abc"),
     "DATA": Data(1, True, b"abc"),
     "DATA, more to come": Data(70_000, False, bytes(range(16))),
     "ERR": Err(3, 10, "busy", {"retry": True, "after": 500}),
@@ -55,7 +57,10 @@ INVALID: dict[str, bytes] = {
     "cut short": msgpack.packb([5, 1])[:-1],
     "HELLO without a map": msgpack.packb([0, []]),
     "REQ of four elements": msgpack.packb([1, 1, 1, "m"]),
-    "REQ of six elements": msgpack.packb([1, 1, 1, "m", {}, 0]),
+    "REQ of six elements, the last no bin": msgpack.packb([1, 1, 1, "m", {}, 0]),
+    "REQ of seven elements": msgpack.packb([1, 1, 1, "m", {"size": 1}, b"x", b"y"]),
+    "REQ with an empty body": msgpack.packb([1, 1, 1, "m", {}, b""]),
+    "RES with a body of 32,769 bytes": msgpack.packb([2, 1, 1, {"size": 32_769}, bytes(32_769)]),
     "method is bin": msgpack.packb([1, 1, 1, b"m", {}]),
     "method of 65 characters": msgpack.packb([1, 1, 1, "m" * 65, {}]),
     "reserved flag": msgpack.packb([1, 1, 2, "m", {}]),
@@ -96,6 +101,8 @@ def meaning(frame: Frame) -> dict[str, Any]:
     made: dict[str, Any] = {"type": type(frame).__name__}
     for each in fields(frame):
         value = getattr(frame, each.name)
+        if value is None:
+            continue
         made[each.name] = bytes(value).hex() if isinstance(value, bytes | memoryview) else value
     if isinstance(frame, Ignorable):
         made = {"type": "Ignorable", "number": frame.type}
