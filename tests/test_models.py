@@ -6,15 +6,20 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
+from petalite.bloom.config import BloomConfig
+from petalite.bloom.manifest import load_or_make
+from petalite.bloom.synthetic import write_checkpoint
 from petalite.errors import CheckpointError
 from petalite.models import FAIRYTALE, find_model, model_name
 
@@ -167,6 +172,44 @@ def test_what_the_hub_does_not_have_is_one_line(model: str, words: str, hub: Hub
 def test_a_hub_that_cannot_be_asked_is_one_line(tmp_path: Path) -> None:
     line = find("http://127.0.0.1:9", tmp_path, "owner/sharded", HF_HUB_OFFLINE="1")
     assert line == "error: owner/sharded: config.json is not in the cache, and the hub cannot be asked"
+
+
+def test_a_swarm_runs_from_the_hub_and_nobody_fetches_the_whole(hub: Hub, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    config = BloomConfig(hidden_size=32, n_head=4, n_layer=4, vocab_size=6144)
+    write_checkpoint(checkpoint, config, shards=5)
+    load_or_make(checkpoint)
+    shutil.copy(find_model(FAIRYTALE) / "tokenizer.json", checkpoint)
+    hub.files["owner/tiny"] = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    common = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "NO_PROXY": "*"}
+    with ExitStack() as stack:
+        peers: list[str] = []
+        for number, blocks in enumerate(("0:2", "2:4")):
+            home = tmp_path / f"home-{number}"
+            variables = {**common, "HF_HOME": str(home), "XDG_STATE_HOME": str(home)}
+            words = ["serve", "owner/tiny", "--blocks", blocks, "--listen", "127.0.0.1:0", "--no-lan", "--json"]
+            server = subprocess.Popen(
+                [sys.executable, "-m", "petalite", *words, "--cache", "16M", *peers],
+                cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )  # fmt: skip
+            stack.enter_context(server)
+            stack.callback(server.kill)
+            assert server.stdout is not None and server.stderr is not None
+            line = server.stdout.readline()
+            assert line, server.stderr.read()
+            peers += ["--peer", json.loads(line)["addresses"][0]]
+            assert json.loads(line)["model"] == "owner/tiny"
+            (fetched,) = (home / "hub").glob("models--owner--tiny/snapshots/*")
+            assert len(list(fetched.glob("*.safetensors"))) < 5 and not (fetched / "tokenizer.json").exists()
+        words = ["generate", "owner/tiny", "Once", "--json", "--max-new-tokens", "4", *peers]
+        variables = {**common, "HF_HOME": str(tmp_path / "client")}
+        done = subprocess.run(
+            [sys.executable, "-m", "petalite", *words], cwd=ROOT, env=variables, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["token_ids"]
+        (fetched,) = (tmp_path / "client" / "hub").glob("models--owner--tiny/snapshots/*")
+        assert len(list(fetched.glob("*.safetensors"))) < 5
 
 
 def test_without_the_extra_the_line_names_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from petalite.cli.output import Advance, emit_json, notice, progress
 from petalite.cli.serve import ServeOptions
 from petalite.errors import GoAwayCode, PetaliteError
 from petalite.limits import SESSION_IDLE_SECONDS
-from petalite.models import find_model, model_name
+from petalite.models import blocks_part, find_model, model_name
 from petalite.server.service import Service, ServiceOptions
 from petalite.swarm.node import Node, open_node
 from petalite.swarm.placement import blocks_that_fit
@@ -41,7 +41,7 @@ RESERVE_BYTES = 512 * 2**20
 
 async def serve(options: ServeOptions, swarm: SwarmOptions) -> None:
     """In order: what can fail quickly, then the port, then the weights; ready means that requests are answered."""
-    directory = find_model(options.model)
+    directory = await trio.to_thread.run_sync(find_model, options.model, abandon_on_cancel=True)
     config = BloomConfig.load(directory)
     device = usable_device(options.device)
     _check_blocks(options, config)
@@ -149,6 +149,7 @@ def _service_options(
         spare_blocks=lambda: blocks_that_fit(free_memory(device), block_bytes, 0, RESERVE_BYTES),
         idle_seconds=options.idle or SESSION_IDLE_SECONDS,
         push=options.push,
+        fetch=lambda start, end: find_model(options.model, blocks_part(start, end)),
         threads=threads,
     )
 

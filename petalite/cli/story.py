@@ -18,6 +18,7 @@ from petalite.client.generation import Generation, TokenRow, check_prompts, stre
 from petalite.client.session import InferenceSession
 from petalite.errors import PetaliteError
 from petalite.identity import Address
+from petalite.models import CLIENT_PART, find_model
 
 # A prompt of more tokens than this shows a bar while it is read.
 LONG_PROMPT = 512
@@ -57,6 +58,8 @@ async def join_as_told(options: SwarmOptions, peers: Sequence[Address] = ()) -> 
 async def load(swarm: Swarm, name: str, options: GenerationOptions) -> RemoteModel:
     """The client's share of the model, read with a bar. Raises PetaliteError for a device that cannot be used."""
     usable_device(options.device)
+    # before the bar: what is fetched from the hub shows bars of the hub's library
+    await trio.to_thread.run_sync(find_model, name, CLIENT_PART, abandon_on_cancel=True)
     with progress("loading", None):
         return await swarm.load(name, wire=options.wire, device=options.device, notice=notice)
 

@@ -18,7 +18,7 @@ from petalite.bloom.loading import load_embeddings, load_head
 from petalite.bloom.manifest import Manifest, load_or_make
 from petalite.client.session import InferenceSession
 from petalite.errors import CheckpointError, PetaliteError
-from petalite.models import find_model, model_name
+from petalite.models import CLIENT_PART, find_model, model_name
 from petalite.swarm.node import Node
 from petalite.wire.tensors import INT8, RAW
 
@@ -40,7 +40,7 @@ class LocalParts:
 
 def load_local_parts(model: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> LocalParts:
     """Read the embeddings, norms, head and tokenizer of `model`. Raises CheckpointError."""
-    directory = find_model(model)
+    directory = find_model(model, CLIENT_PART)
     manifest = load_or_make(directory)
     embeddings = load_embeddings(directory, dtype=dtype, device=device, manifest=manifest)
     head = load_head(directory, embeddings=embeddings, dtype=dtype, device=device, manifest=manifest)

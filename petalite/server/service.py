@@ -74,7 +74,8 @@ class ServiceOptions:
     """What to serve and with what. `blocks` None: chosen, and moved, by what helps the swarm; `capacity` blocks then.
 
     `cache_tokens(blocks)`: KV cache for a span of so many blocks, in tokens. `spare_blocks()`: how many blocks fit
-    into memory beside what is held. `threads`: the most that torch may use.
+    into memory beside what is held. `threads`: the most that torch may use. `fetch(start, end)` brings the files of
+    blocks [start, end) into `directory` where that is not whole.
     """
 
     directory: Path
@@ -92,6 +93,7 @@ class ServiceOptions:
     idle_seconds: float = limits.SESSION_IDLE_SECONDS
     push: bool = True
     check_seconds: float = CHECK_SECONDS
+    fetch: Callable[[int, int], object] | None = None
 
 
 class Service:
@@ -277,6 +279,8 @@ class Service:
         options = self.options
 
         def read() -> tuple[BloomSpan, int, tuple[float, float]]:
+            if options.fetch is not None:
+                options.fetch(span.start, span.end)
             loaded = load_span(
                 options.directory,
                 span.start,
