@@ -41,6 +41,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "client": (*SWARM, *MODEL),
     "cli": ("server", "client", *SWARM, *MODEL),
     "testing": ("server", "client", *SWARM, *MODEL),
+    "strategies": ("dht", "wire", *GROUND),
     "__init__": ("client", *SWARM, *MODEL),  # the library's front door, which opens when it is used
     "__main__": ("cli",),
 }
