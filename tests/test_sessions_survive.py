@@ -35,8 +35,10 @@ def undisturbed() -> tuple[int, ...]:
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> None:
+def told_before() -> None:
+    """No run may begin within another: the undisturbed story is told first."""
     torch.set_num_threads(1)
+    undisturbed()
 
 
 def play(scene: Callable[..., object], *args: object) -> object:

@@ -10,6 +10,9 @@ from typing import Generic, TypeVar
 
 import trio
 
+# What is cancelled says goodbye to servers first; a second interrupt does not wait for that.
+INTERRUPT_SECONDS = 3.0
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -28,12 +31,25 @@ class Portal:
         self._token = token
 
     def call(self, function: Callable[[], Awaitable[R]]) -> R:
-        """Run `function` in the loop. An interrupt (Ctrl-C) cancels it there."""
+        """Run `function` in the loop. An interrupt (Ctrl-C) cancels it there, and is raised once it has ended."""
+        scope = trio.CancelScope()
+        ended = threading.Event()
 
         async def run() -> R:
-            return await function()
+            try:
+                with scope:
+                    return await function()
+                raise KeyboardInterrupt  # nobody hears it: the caller was interrupted
+            finally:
+                ended.set()
 
-        return trio.from_thread.run(run, trio_token=self._token)
+        try:
+            return trio.from_thread.run(run, trio_token=self._token)
+        except KeyboardInterrupt:
+            if not ended.is_set():
+                trio.from_thread.run_sync(scope.cancel, trio_token=self._token)
+                ended.wait(INTERRUPT_SECONDS)
+            raise
 
     def iterate(self, make: Callable[[], AsyncGenerator[R]]) -> Iterator[R]:
         """Go through an async generator; leaving the loop early closes it."""

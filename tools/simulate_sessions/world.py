@@ -19,6 +19,7 @@ from petalite.bloom.config import BloomConfig
 from petalite.bloom.loading import load_embeddings, load_head, load_span
 from petalite.bloom.manifest import load_or_make
 from petalite.bloom.span import Span
+from petalite.client.api import RemoteModel
 from petalite.client.generation import Generation, decode_tokens, prefill
 from petalite.client.model import LocalParts, Model, load_local_parts, load_tokenizer, run_inline
 from petalite.client.session import InferenceSession
@@ -259,7 +260,9 @@ class World:
         return send
 
     @asynccontextmanager
-    async def client(self, *, push: bool = True, wire: str = "f32", idle_seconds: float = 10.0) -> AsyncIterator[Model]:
+    async def client(
+        self, *, push: bool = True, wire: str = "f32", idle_seconds: float = 10.0
+    ) -> AsyncIterator[RemoteModel]:
         """The model as a client of this world sees it."""
         host = Host(self.net, "10.1.0.1")
         async with (
@@ -268,7 +271,9 @@ class World:
         ):
             node = Node(endpoint, nursery, ())
             node.directory = KnowingDirectory(endpoint, self.places)
-            yield Model(node, self.parts.local, wire=wire, notice=self.notices.append, push=push, runner=run_inline)
+            yield RemoteModel(
+                node, self.parts.local, wire=wire, notice=self.notices.append, push=push, runner=run_inline
+            )
 
     def place_of(self, peer: PeerId) -> Place:
         return next(place for place in self.places if place.peer == peer)
