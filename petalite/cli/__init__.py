@@ -272,10 +272,10 @@ def main() -> NoReturn:
     code = run(sys.argv[1:])
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing left to tidy up: a second Ctrl-C ends at once
     _silence_stdout()
-    if code != DONE and "trio" in sys.modules:
+    if "torch" in sys.modules or "trio" in sys.modules:
         from petalite.cli.running import leave_now
 
-        leave_now(code)  # a thread may still import or compute what nobody waits for any more
+        leave_now(code)  # torch would take a second to be taken apart, and a thread may still be deep in it
     sys.exit(code)
 
 
