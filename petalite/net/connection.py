@@ -33,7 +33,8 @@ __all__ = ["Call", "Handler", "PeerConnection", "Reply"]
 log = logging.getLogger("petalite.net")
 
 _NOTHING = memoryview(b"")
-_SLOW_SECONDS = 0.001  # a batch that needs longer than this to leave is a queue that nothing urgent can overtake
+_AHEAD_SECONDS = 0.0007  # how much of what a path takes is encrypted at a time: nothing urgent can overtake it
+_LEARN_SECONDS = 0.01  # of writing without pause, after which the rate of a path counts as known
 OnProgress = Callable[[Mapping[str, Any]], None]
 
 
@@ -84,7 +85,9 @@ class PeerConnection:
         self._rest = _NOTHING  # encrypted, but not yet taken by the transport
         self._taken = 0  # bytes since `_progress_at`
         self._progress_at = trio.current_time()
-        self._batch = limits.WRITE_AHEAD // 4  # doubles with each batch that leaves quickly
+        self._batch = limits.WRITE_AHEAD // 4  # until the path is known
+        self._busy_bytes = 0
+        self._busy_seconds = 0.0
         self._writer_waits = False
         self._wake = trio.Event()
         self._drained = trio.Event()
@@ -307,14 +310,16 @@ class PeerConnection:
         started = trio.current_time()
         if not self._rest:
             self._encrypt_batch()
+        self._busy_bytes += len(self._rest)
         self._sent(self._transport.send_now(self._rest))
         while self._rest:
             self._sent(await self._patiently(self._transport.send_some, self._rest) or 0)
         await self._patiently(self._transport.ready)
-        slow = trio.current_time() - started > _SLOW_SECONDS
-        self._batch = max(self._batch // 2, limits.WRITE_AHEAD_SLOW) if slow else min(
-            self._batch * 2, limits.WRITE_AHEAD
-        )  # fmt: skip
+        self._busy_seconds += trio.current_time() - started
+        if self._busy_seconds >= _LEARN_SECONDS:
+            ahead = int(self._busy_bytes / self._busy_seconds * _AHEAD_SECONDS)
+            self._batch = min(max(ahead, limits.WRITE_AHEAD_SLOW), limits.WRITE_AHEAD)
+            self._busy_bytes, self._busy_seconds = 0, 0.0
 
     async def _patiently(self, wait: Callable[..., Awaitable[Any]], *args: Any) -> Any:
         """Await `wait`, keeping the clocks meanwhile. Raises PeerLost when the peer takes no data for too long."""
