@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from fuzz.decoders import NETWORK, NOW, Finding, Target, check
 from petalite.errors import ErrorCode, GoAwayCode, HandshakeError, PetaliteError, RemoteProtocolError, RequestError
@@ -16,7 +17,7 @@ from petalite.identity import Identity, SwarmKey
 from petalite.wire import events, frames, packing
 from petalite.wire.connection import Connection
 from petalite.wire.handshake import Established, Handshake, Role
-from petalite.wire.hello import Hello
+from petalite.wire.hello import INLINE, Hello
 from petalite.wire.noise import TransportCipher
 from petalite.wire.quota import Quota
 from petalite.wire.records import RecordReader, Scratch
@@ -250,10 +251,16 @@ def frame_of(given: Input) -> bytes:
     match kind & 0x0F:
         case 0:
             return packing.encode([0, {"v": 0, "limits": {"body": _SIZES[stream % 8], "streams": stream}}])
-        case 1 | 9 | 10:
+        case 9:  # with its body (PT-FRM-014)
+            size = given.byte() * 200
+            return packing.encode([1, stream, end, "step", {"size": size, "max": size}, bytes(size or given.byte())])
+        case 11:
+            size = given.byte() * 200
+            return packing.encode([2, stream, end, {"size": size}, bytes(size or given.byte())])
+        case 1 | 10:
             head = {"size": _SIZES[given.byte() % 8], "max": _SIZES[given.byte() % 8]}
             return packing.encode([1, stream, end, _METHODS[given.byte() % 4], head])
-        case 2 | 11:
+        case 2:
             return packing.encode([2, stream, end, {"size": _SIZES[given.byte() % 8]}])
         case 3 | 12 | 13:
             return packing.encode([3, stream, end, bytes(_SIZES[given.byte() % 4])])
@@ -279,10 +286,10 @@ class Step:
     choice: bytes = b""
 
 
-def script(data: bytes, cipher: TransportCipher, greet: bool) -> list[Step]:
+def script(data: bytes, cipher: TransportCipher, greet: bool, capabilities: dict[str, Any]) -> list[Step]:
     """What happens, in order: made before it is run, so that it can be run twice."""
     given = Input(data)
-    steps = [Step(seal(cipher, packing.encode([0, {"v": 0}])))] if greet else []
+    steps = [Step(seal(cipher, packing.encode([0, {"v": 0, "caps": capabilities}])))] if greet else []
     while given and len(steps) < 400:
         what = given.byte()
         if what < 176:
@@ -294,10 +301,13 @@ def script(data: bytes, cipher: TransportCipher, greet: bool) -> list[Step]:
     return steps
 
 
-def play(steps: list[Step], role: Role, cipher: TransportCipher, trailing: bytes, size: int) -> list[str]:
+def play(
+    steps: list[Step], role: Role, capabilities: dict[str, Any], cipher: TransportCipher, trailing: bytes, size: int
+) -> list[str]:
     """Run a script; what came of it."""
     quota = Quota(QUOTA)
-    connection = Connection(initiator=role is Role.INITIATOR, hello=Hello(agent="fuzz"), quota=quota, now=0.0)
+    hello = Hello(agent="fuzz", capabilities=capabilities)
+    connection = Connection(initiator=role is Role.INITIATOR, hello=hello, quota=quota, now=0.0)
     owner = Owner(connection, quota)
     reader = RecordReader(cipher, trailing, _SCRATCH)
     try:
@@ -319,12 +329,13 @@ def play(steps: list[Step], role: Role, cipher: TransportCipher, trailing: bytes
 
 
 def fuzz_connection(data: bytes) -> None:
-    """After the handshake. First byte: role, and whether the peer greets as it should."""
+    """After the handshake. First byte: role, whether the peer greets as it should, and what both offer."""
     if not data:
         return
     role = Role.INITIATOR if data[0] & 1 else Role.RESPONDER
-    steps = script(data[1:], TransportCipher(KEY, 64), greet=not data[0] & 2)
-    first, second = (play(steps, role, TransportCipher(KEY, 64), b"", size) for size in (70_000, 100))
+    capabilities: dict[str, Any] = {INLINE: {}} if data[0] & 16 else {}
+    steps = script(data[1:], TransportCipher(KEY, 64), not data[0] & 2, capabilities)
+    first, second = (play(steps, role, capabilities, TransportCipher(KEY, 64), b"", size) for size in (70_000, 100))
     check(first == second, "another end in pieces")
 
 
@@ -334,7 +345,8 @@ def fuzz_whole_connection(data: bytes) -> None:
         return
     private, role = bool(data[0] & 4), Role.INITIATOR if data[0] & 1 else Role.RESPONDER
     peer = Role.RESPONDER if role is Role.INITIATOR else Role.INITIATOR
-    steps = script(data[1:], TransportCipher(_CONVERSATIONS[private][1][peer]), greet=not data[0] & 2)
+    capabilities: dict[str, Any] = {INLINE: {}} if data[0] & 16 else {}
+    steps = script(data[1:], TransportCipher(_CONVERSATIONS[private][1][peer]), not data[0] & 2, capabilities)
     early = steps.pop(0).wire if steps and data[0] & 8 and steps[0].wire is not None else b""
     side = handshake(role, private)
     rest: list[Step] = []
@@ -346,7 +358,7 @@ def fuzz_whole_connection(data: bytes) -> None:
             rest.append(Step(piece))
     if side.result is None:
         raise Finding("an honest handshake failed")
-    play(rest + steps, role, side.result.decrypt, side.result.trailing, 70_000)
+    play(rest + steps, role, capabilities, side.result.decrypt, side.result.trailing, 70_000)
 
 
 TARGETS: dict[str, Target] = {

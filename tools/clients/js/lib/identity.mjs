@@ -91,7 +91,8 @@ const BYTE = /^(0|[1-9][0-9]{0,2})$/;
 /** An IPv4 address, or a name that cannot be mistaken for one. @param {string} host */
 function isHost(host) {
   const labels = host.replace(/\.$/, "").split(".");
-  if (!/^[0-9]+$/.test(labels[labels.length - 1])) return host.length <= 253 && labels.every((label) => LABEL.test(label));
+  if (!/^[0-9]+$/.test(labels[labels.length - 1]))
+    return host.length <= 253 && labels.every((label) => LABEL.test(label));
   return !host.endsWith(".") && labels.length === 4 && labels.every((byte) => BYTE.test(byte) && Number(byte) < 256);
 }
 
