@@ -1,15 +1,19 @@
-"""Defects: each takes the reference and breaks one rule. The case that must notice stands beside each."""
+"""A server and a client of petalite in this process, whole or with one of the defects of defects.py."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import client_defects
+import defects
+import session_defects  # noqa: F401 - registers
 import torch
 import trio
 
@@ -17,9 +21,11 @@ from petalite.bloom.loading import load_span
 from petalite.bloom.manifest import load_or_make
 from petalite.bloom.synthetic import write_formula_checkpoint
 from petalite.client import api  # noqa: F401 - for the clients that are forked
+from petalite.dht.node import DhtNode
 from petalite.identity import Identity, PeerId, SwarmKey
 from petalite.net.endpoint import open_endpoint
 from petalite.server.blockserver import BlockServer
+from petalite.swarm.directory import place_of
 from tools.conformance import petalite_client
 
 CACHE_TOKENS = 65_536
@@ -38,7 +44,7 @@ def prepare(directory: Path) -> None:
 def serve(request: dict[str, Any], started: Callable[[list[str]], None]) -> None:
     """A server of the formula model in this process, with the defect that `request` names."""
     if request["serve"]:
-        SERVER_MUTANTS[request["serve"]].apply()
+        defects.SERVER[request["serve"]].apply()
     trio.run(_serve, request, started)
 
 
@@ -51,25 +57,17 @@ async def _serve(request: dict[str, Any], started: Callable[[list[str]], None]) 
     options: dict[str, Any] = {"swarm_key": key, "handlers": server.methods, "agent": "petalite", "allow": allow}
     async with open_endpoint(identity, **options) as endpoint, trio.open_nursery() as nursery:
         await nursery.start(server.run)
-        started([str(address) for address in await endpoint.listen("127.0.0.1", 0)])
+        addresses = await endpoint.listen("127.0.0.1", 0)
+        dht = DhtNode(endpoint, addrs=[place_of(address) for address in addresses], lan=True)
+        await nursery.start(dht.run)
+        started([str(address) for address in addresses])
 
 
 def run_client(name: str) -> int:
     if name != "none":
-        CLIENT_MUTANTS[name].apply()
+        client_defects.CLIENT[name].apply()
     return petalite_client.main()
 
-
-@dataclass(frozen=True)
-class Mutant:
-    """`apply` breaks petalite in this process. `cases`: at least one of these must fail."""
-
-    apply: Callable[[], None]
-    cases: tuple[str, ...]
-
-
-SERVER_MUTANTS: dict[str, Mutant] = {}
-CLIENT_MUTANTS: dict[str, Mutant] = {}
 
 if __name__ == "__main__":  # a server to look at by hand: python mutants.py DIRECTORY [DEFECT [KEY]]
     prepare(Path(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""`python try_out.py server|client [--defect NAME] [--private] [options of the tool]`: the tool against a forked petalite."""
+"""`python try_out.py server|client [--defect NAME] [--private] [options of the tool]`: the tool against petalite."""
 
 from __future__ import annotations
 

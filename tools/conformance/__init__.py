@@ -1,1 +1,1 @@
-"""Measures any server or client of the protocol against spec/, with an engine of its own that shares no code with petalite."""
+"""Measures any server or client of the protocol against spec/, with an engine that shares no code with petalite."""

@@ -113,7 +113,7 @@ class Bench:
         return peer
 
     def close(self) -> None:
-        """End everything; sessions are closed by their owners, so that the target's cache has room for the next case."""
+        """End everything; owners close their sessions, so that the target's cache has room for the next case."""
         owners: dict[bytes, tuple[Identity, list[bytes]]] = {}
         for session in self.sessions:
             identity = session.peer.identity
@@ -164,7 +164,8 @@ class Bench:
         """What the target's blocks make of one whole row (T, C). Raises Skipped for other models than the formula's."""
         if self.model["model"] != tensors.FORMULA_ID:
             raise Skipped("the target does not serve the formula model, so its numbers are unknown here")
-        return tensors.run_blocks(row, *self.model["blocks"], pad=pad)
+        start, end = self.model["blocks"]
+        return tensors.run_blocks(row, start, end, pad)
 
     # judgement
 

@@ -85,12 +85,15 @@ def _server(options: argparse.Namespace, cases: Sequence[registry.Case]) -> int:
     if not options.address:
         raise ValueError("ADDRESS is missing")
     target = parse_address(options.address, *_network(options))
-    hello, info = describe(target)
+    try:
+        hello, info = describe(target)
+    except Failed as failure:  # every case will say so, each in its way
+        hello, info = {}, None
+        print(f"the target does not describe itself: {failure}")
     keeper = Keeper(target, info, options.seed)
     agent = str(hello.get("agent") or "unknown")
-    print(f"target {ascii(agent)}, seed {options.seed}, {len(cases)} cases")
+    print(f"target {agent!a}, seed {options.seed}, {len(cases)} cases")
     try:
-        keeper.probe()
 
         def one(case: registry.Case) -> Result:
             return run_server_case(case, target, info, options.seed, keeper)
@@ -108,8 +111,10 @@ def _client(options: argparse.Namespace, cases: Sequence[registry.Case]) -> int:
         raise ValueError("COMMAND is missing: tools/conformance client [options] -- COMMAND...")
     network, key = _network(options)
     host, _, port = options.listen.rpartition(":")
-    with Harness(options.command, host.strip("[]"), int(port), network, key, options.swarm_key, options.seed) as harness:
-        print(f"client {ascii(' '.join(options.command))}, seed {options.seed}, {len(cases)} cases")
+    with Harness(
+        options.command, host.strip("[]"), int(port), network, key, options.swarm_key, options.seed
+    ) as harness:
+        print(f"client {' '.join(options.command)!a}, seed {options.seed}, {len(cases)} cases")
         results = run_all(cases, harness.run_case, lambda result: _show(result, options.verbose), workers=4)
         return _finish(options, results, harness.agent or "unknown", {"command": list(options.command)})
 

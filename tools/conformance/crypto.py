@@ -262,7 +262,7 @@ class Noise:
         return plain
 
     def dh(self, token: str) -> None:
-        ours, theirs = token if self.initiator else token[::-1]
+        ours, theirs = list(token if self.initiator else token[::-1])
         key = self.e if ours == "e" else self.s
         self.mix_key(key.exchange(self.re if theirs == "e" else self.rs))
 

@@ -12,7 +12,16 @@ from typing import Any
 from tools.conformance.codec import Malformed, pack, unpack
 from tools.conformance.constants import FRAME_NAMES, GOAWAY, GOAWAY_NAMES, LIMIT
 from tools.conformance.crypto import (
-    MAGIC, Cipher, CryptoError, Identity, KeyPair, Noise, SwarmKey, check_certificate, peer_id_of, peer_text,
+    MAGIC,
+    Cipher,
+    CryptoError,
+    Identity,
+    KeyPair,
+    Noise,
+    SwarmKey,
+    check_certificate,
+    peer_id_of,
+    peer_text,
     prologue_of,
 )  # fmt: skip
 from tools.conformance.verdicts import Closed, Failed, Hung

@@ -4,17 +4,34 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from tools.conformance.constants import (
-    CANCEL, DATA, END, ERR, ERROR_NAMES, GOAWAY, GOAWAY_NAMES, HELLO, LIMIT, PING, PONG, PROGRESS, REQ, RES,
+    CANCEL,
+    DATA,
+    END,
+    ERR,
+    ERROR_NAMES,
+    GOAWAY,
+    GOAWAY_NAMES,
+    HELLO,
+    LIMIT,
+    PING,
+    PONG,
+    PROGRESS,
+    REQ,
+    RES,
 )  # fmt: skip
 from tools.conformance.crypto import Identity
 from tools.conformance.link import WAIT, Link, Target, Transcript, dial, frame_name
 from tools.conformance.verdicts import Closed, Failed, require
 
 _TELLTALES = ("Traceback", 'File "', "/site-packages/", "panicked at")
+
+
+_ARITY = {HELLO: 2, REQ: 5, RES: 4, DATA: 4, ERR: 5, CANCEL: 2, PING: 2, PONG: 2, GOAWAY: 4, PROGRESS: 3}
 
 
 @dataclass
@@ -61,6 +78,7 @@ class Peer:
         self.hello: dict[str, Any] | None = None
         self.goaway: list[Any] | None = None
         self.pongs: list[bytes] = []
+        self.inline = False  # we have offered to take a reply's body in the frame of its head
 
     @classmethod
     def dial(cls, target: Target, identity: Identity | None = None, transcript: Transcript | None = None) -> Peer:
@@ -100,7 +118,8 @@ class Peer:
 
     def wait(self, answer: Answer, within: float = WAIT) -> Answer:
         """Until the stream has ended. Raises Closed, Hung, Failed."""
-        return self.pump(lambda: answer.ended, within, f"a reply on stream {answer.stream}", answer)
+        self.pump(lambda: answer.ended, within, f"a reply on stream {answer.stream}")
+        return answer
 
     def call(self, method: str, head: Any = None, body: bytes = b"", within: float = WAIT) -> Answer:
         """Ask; whatever the answer is."""
@@ -112,7 +131,9 @@ class Peer:
         require(not answer.code, f"expected: {method} answered; observed: {answer}")
         return answer
 
-    def refused(self, codes: set[str], method: str, head: Any = None, body: bytes = b"", within: float = WAIT) -> Answer:
+    def refused(
+        self, codes: set[str], method: str, head: Any = None, body: bytes = b"", within: float = WAIT
+    ) -> Answer:
         """Ask; the answer must be ERR with one of `codes`."""
         return expect_error(self.call(method, head, body, within), codes)
 
@@ -136,7 +157,7 @@ class Peer:
 
     # frames in
 
-    def pump(self, done: Any, within: float, what: str, result: Any = None) -> Any:
+    def pump(self, done: Callable[[], bool], within: float, what: str) -> None:
         """Read frames until `done()`. Raises Closed and Hung that say `what` was awaited."""
         deadline = time.monotonic() + within
         while not done():
@@ -145,10 +166,9 @@ class Peer:
             except Failed as error:
                 text = f"expected: {what}; observed: {error}"
                 if isinstance(error, Closed) and self.goaway:
-                    text += f" after {self.goaway_text} {ascii(self.goaway[3])}"
+                    text += f" after {self.goaway_text} {self.goaway[3]!a}"
                 raise type(error)(text) from None
             self.take(frame)
-        return result
 
     def drain(self, seconds: float) -> None:
         """Take whatever comes for so long."""
@@ -165,10 +185,11 @@ class Peer:
 
     def take(self, frame: list[Any]) -> None:
         """One frame of the target, checked."""
-        kind, arity = frame[0], {HELLO: 2, REQ: 5, RES: 4, DATA: 4, ERR: 5, CANCEL: 2, PING: 2, PONG: 2, GOAWAY: 4,
-                                 PROGRESS: 3}  # fmt: skip
-        if kind in arity:
-            require(len(frame) == arity[kind], f"the target sent {frame_name(frame)} with {len(frame)} elements")
+        kind = frame[0]
+        if kind in _ARITY:
+            inline = kind == RES and self.inline and len(frame) == 5 and type(frame[4]) is bytes
+            wrong = f"the target sent {frame_name(frame)} with {len(frame)} elements"
+            require(inline or len(frame) == _ARITY[kind], wrong)
         require(self.hello is not None or kind in (HELLO, GOAWAY), f"the target's first frame is {frame_name(frame)}")
         if kind == HELLO:
             require(self.hello is None, "the target sent HELLO twice")
@@ -206,7 +227,16 @@ class Peer:
             require(answer.head is None and type(frame[3]) is dict, f"the target sent a second RES or {frame}")
             answer.head = frame[3]
             size = answer.head.get("size", 0)
-            require(type(size) is int and 0 <= size <= answer.max_reply, f"RES with size {size}, max {answer.max_reply}")
+            require(
+                type(size) is int and 0 <= size <= answer.max_reply, f"RES with size {size}, max {answer.max_reply}"
+            )
+            if len(frame) == 5:
+                require(
+                    frame[2] == END and len(frame[4]) == size > 0, f"RES with a body of {len(frame[4])} bytes inline"
+                )
+                answer.body += frame[4]
+                answer.ended = True
+                return
             require(frame[2] == (END if size == 0 else 0), f"RES with flags {frame[2]} and size {size}")
             answer.ended = size == 0
         else:
@@ -225,7 +255,9 @@ class Peer:
     def take_error(self, answer: Answer, frame: list[Any]) -> None:
         code, text, detail = frame[2:]
         well_formed = type(code) is int and type(text) is str and type(detail) is dict
-        require(well_formed and len(text) <= LIMIT["MAX_ERROR_TEXT"], f"the target sent a malformed ERR {str(frame)[:80]}")
+        require(
+            well_formed and len(text) <= LIMIT["MAX_ERROR_TEXT"], f"the target sent a malformed ERR {str(frame)[:80]}"
+        )
         check_text(text)
         answer.code, answer.text, answer.detail = ERROR_NAMES.get(code, f"code {code}"), text, detail
         answer.ended = True

@@ -35,7 +35,16 @@ def case(
     """Register a function as a case; its docstring's first line is the title. `requirements`: ids between spaces."""
 
     def register(run: Callable[[Any], None]) -> Callable[[Any], None]:
-        add(Case(id, side, title or (run.__doc__ or "").strip().partition("\n")[0], tuple(requirements.split()), run, **options))
+        add(
+            Case(
+                id,
+                side,
+                title or (run.__doc__ or "").strip().partition("\n")[0],
+                tuple(requirements.split()),
+                run,
+                **options,
+            )
+        )
         return run
 
     return register

@@ -38,7 +38,7 @@ def judge(case: Case, run: Callable[[], list[str]]) -> Result:
         verdict, text = "skipped", str(reason)
     except Failed as failure:
         verdict, text = ("fail" if case.level == "must" else "non-strict"), str(failure)
-    except Exception as error:  # a fault of the tool or of its surroundings: shown as such, and the run goes on
+    except Exception as error:  # noqa: BLE001 - a fault of the tool or of its surroundings: shown as such, and the run goes on
         last = traceback.extract_tb(error.__traceback__)[-1]
         verdict, text = "error", f"{type(error).__name__}: {error} ({last.name}, line {last.lineno})"
     return Result(case, verdict, text, time.monotonic() - started)

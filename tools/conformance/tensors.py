@@ -94,7 +94,8 @@ def weight(name: str, *shape: int) -> Array:
 def norm(x: Array, name: str) -> Array:
     mean = x.mean(-1, keepdims=True)
     variance = ((x - mean) ** 2).mean(-1, keepdims=True)
-    return (x - mean) / np.sqrt(variance + EPSILON) * weight(f"{name}.weight", HIDDEN) + weight(f"{name}.bias", HIDDEN)
+    scaled: Array = (x - mean) / np.sqrt(variance + EPSILON)
+    return scaled * weight(f"{name}.weight", HIDDEN) + weight(f"{name}.bias", HIDDEN)
 
 
 def linear(x: Array, name: str, width: int) -> Array:
@@ -128,7 +129,8 @@ def block(x: Array, index: int, pad: int = 0) -> Array:
     y = linear(mixed.reshape(tokens, HIDDEN), f"{name}.self_attention.dense", HIDDEN) + x
     u = linear(norm(y, f"{name}.post_attention_layernorm"), f"{name}.mlp.dense_h_to_4h", 4 * HIDDEN)
     gelu = 0.5 * u * (1 + np.tanh(0.7978845608 * u * (1 + 0.044715 * u * u)))
-    return linear(gelu, f"{name}.mlp.dense_4h_to_h", HIDDEN) + y
+    z: Array = linear(gelu, f"{name}.mlp.dense_4h_to_h", HIDDEN) + y
+    return z
 
 
 def run_blocks(x: Array, start: int, end: int, pad: int = 0) -> Array:

@@ -8,7 +8,17 @@ from typing import Any
 from tools.conformance.client.harness import Stage
 from tools.conformance.client.responder import Conn, Server
 from tools.conformance.codec import pack, unpack, wide
-from tools.conformance.crypto import LOW_ORDER_X, MAGIC, SMALL_ORDER, Identity, KeyPair, LowOrder, Noise, signed_bytes
+from tools.conformance.crypto import (
+    LOW_ORDER_X,
+    MAGIC,
+    SMALL_ORDER,
+    Identity,
+    KeyPair,
+    LowOrder,
+    Noise,
+    peer_id_of,
+    signed_bytes,
+)  # fmt: skip
 from tools.conformance.link import framed
 from tools.conformance.registry import case
 from tools.conformance.verdicts import Closed, require
@@ -20,7 +30,11 @@ def _now() -> int:
     return int(time.time())
 
 
-@case("client/001", "PT-TRN-010 PT-TRN-013 PT-TRN-020 PT-TRN-023 PT-TRN-024 PT-TRN-025 PT-TRN-030 PT-TRN-060", side="client")
+@case(
+    "client/001",
+    "PT-TRN-010 PT-TRN-013 PT-TRN-020 PT-TRN-023 PT-TRN-024 PT-TRN-025 PT-TRN-030 PT-TRN-060",
+    side="client",
+)
 def connects(stage: Stage) -> None:
     """The client shakes hands, says HELLO and PINGs"""
     stage.succeeded(stage.ping(Server(stage)))
@@ -65,7 +79,8 @@ def _at(offset: int) -> Any:
 _drops(2, "PT-TRN-032 PT-TRN-043", "A server whose certificate has expired is dropped", _with_certificate(_at(-60)))
 _drops(3, "PT-TRN-032", "A certificate that ends 24 h 11 min ahead: dropped", _with_certificate(_at(86_400 + 660)))
 _drops(4, "PT-TRN-032", "A certificate over another static key: dropped", _with_certificate(
-    lambda server, noise: server.identity.certificate(KeyPair().public, server.stage.network, _now() + HALF_DAY)))  # fmt: skip
+    lambda server, noise: server.identity.certificate(
+        KeyPair().public, server.stage.network, _now() + HALF_DAY)))  # fmt: skip
 _drops(5, "PT-TRN-032", "A certificate for another network: dropped", _with_certificate(
     lambda server, noise: server.identity.certificate(noise.s.public, b"elsewhere", _now() + HALF_DAY)))  # fmt: skip
 _drops(6, "PT-TRN-033", 'A certificate with a key that begins with "!": dropped', _with_certificate(
@@ -74,7 +89,8 @@ _drops(7, "PT-TRN-032 PT-MSG-009", "A certificate with bytes after it: dropped",
     lambda server, noise: pack(_fields(server, noise)) + b"\0"))  # fmt: skip
 _drops(8, "PT-TRN-032", "No certificate: dropped", _with_certificate(lambda server, noise: b""))
 _drops(9, "PT-IDN-006", "An identity key of small order with a forged signature: dropped", _with_certificate(
-    lambda server, noise: pack({"k": SMALL_ORDER[1], "x": _now() + 3_600, "s": bytes([1]) + bytes(63)})))  # fmt: skip
+    lambda server, noise: pack({"k": SMALL_ORDER[1], "x": _now() + 3_600, "s": bytes([1]) + bytes(63)})),
+    peer=peer_id_of(SMALL_ORDER[1]))  # fmt: skip
 _drops(10, "PT-IDN-009", "A signature made for another purpose: dropped", _with_certificate(
     lambda server, noise: pack(_fields(server, noise, s=server.identity.key.sign(
         signed_bytes(noise.s.public, server.stage.network, _now() + HALF_DAY)[1:])))))  # fmt: skip

@@ -40,7 +40,7 @@ class Outcome:
 
     def __str__(self) -> str:
         ended = "did not end" if self.code is None else f"exit code {self.code}"
-        return f"{ended} after {self.seconds:.1f} s, said {str(self.said)[:300]}, output ends {ascii(self.output[-300:])}"
+        return f"{ended} after {self.seconds:.1f} s, said {str(self.said)[:300]}, output ends {self.output[-300:]!a}"
 
 
 @dataclass
@@ -262,7 +262,11 @@ def write_formula_model(directory: Path) -> None:
         "tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3,
     }  # fmt: skip
     (directory / "config.json").write_text(json.dumps(config))
-    tokenizer = {"type": "WordLevel", "vocab": {f"<{token}>": token for token in range(tensors.VOCAB)}, "unk_token": "<0>"}
+    tokenizer = {
+        "type": "WordLevel",
+        "vocab": {f"<{token}>": token for token in range(tensors.VOCAB)},
+        "unk_token": "<0>",
+    }
     (directory / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": tokenizer}))
     header: dict[str, Any] = {}
     body = b""

@@ -15,9 +15,31 @@ import numpy as np
 from tools.conformance import tensors
 from tools.conformance.codec import Malformed, unpack
 from tools.conformance.constants import (
-    CANCEL, DATA, END, ERR, ERRORS, GOAWAY, GOAWAY_NAMES, HELLO, LIMIT, PING, PONG, PROGRESS, REQ, RES,
+    CANCEL,
+    DATA,
+    END,
+    ERR,
+    ERRORS,
+    GOAWAY,
+    GOAWAY_NAMES,
+    HELLO,
+    LIMIT,
+    PING,
+    PONG,
+    PROGRESS,
+    REQ,
+    RES,
 )  # fmt: skip
-from tools.conformance.crypto import MAGIC, CryptoError, Identity, KeyPair, Noise, check_certificate, peer_id_of, prologue_of
+from tools.conformance.crypto import (
+    MAGIC,
+    CryptoError,
+    Identity,
+    KeyPair,
+    Noise,
+    check_certificate,
+    peer_id_of,
+    prologue_of,
+)
 from tools.conformance.link import Link, framed, read_message
 from tools.conformance.peer import HELLO_MAP, check_hello
 from tools.conformance.tensors import Array
@@ -92,6 +114,7 @@ class Server:
     """Cases override what they need. One instance serves all connections of one identity."""
 
     blocks = (0, tensors.LAYERS)
+    inline = False  # whether small bodies may travel in the frame of their head
 
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
@@ -158,7 +181,8 @@ class Server:
         conn.link.send_cipher, conn.link.recv_cipher = noise.split()
 
     def hello_map(self, conn: Conn) -> dict[str, Any]:
-        return HELLO_MAP | {"agent": "conformance server", "time": int(time.time())}
+        caps: dict[str, Any] = {"inline": {}} if self.inline else {}
+        return HELLO_MAP | {"caps": caps, "agent": "conformance server", "time": int(time.time())}
 
     def greet(self, conn: Conn) -> None:
         conn.send([HELLO, self.hello_map(conn)])
@@ -214,16 +238,19 @@ class Server:
         conn.send([PONG, payload])
 
     def on_req(self, conn: Conn, frame: list[Any]) -> None:
-        if len(frame) != 5:
+        inline = self.inline and len(frame) == 6 and type(frame[5]) is bytes and frame[2] == END
+        if len(frame) != 5 and not inline:
             raise Failed(f"REQ with {len(frame)} elements")
-        _, stream, flags, method, head = frame
+        _, stream, flags, method, head = frame[:5]
         if type(stream) is not int or stream % 2 != 1 or stream <= conn.highest:
             raise Failed(f"stream id {stream} after {conn.highest}")
         if flags not in (0, END) or type(method) is not str or type(head) is not dict:
             raise Failed(f"REQ {str(frame)[:100]}")
         conn.highest = stream
         request = Request(stream, method, head, head.get("size") or 0)
-        if (flags == END) != (request.size == 0) or request.size > LIMIT["MAX_BODY"]:
+        if inline:
+            request.body += frame[5]
+        if (flags == END) != (request.size == len(request.body)) or request.size > LIMIT["MAX_BODY"]:
             raise Failed(f"REQ with flags {flags} and size {request.size}")
         conn.requests.append(request)
         conn.open[stream] = request
@@ -282,7 +309,9 @@ class Server:
 
     def do_open(self, conn: Conn, request: Request) -> None:
         head = request.head
-        shape_ok = len(head.get("sid", b"")) == 16 and type(head.get("max_len")) is int and type(head.get("batch")) is int
+        shape_ok = (
+            len(head.get("sid", b"")) == 16 and type(head.get("max_len")) is int and type(head.get("batch")) is int
+        )
         if not shape_ok or head.get("dtype") not in ("f32", "f16", "bf16") or head.get("codec") not in ("raw", "i8b64"):
             raise Failed(f"open {str(head)[:200]}")
         if head.get("model") != tensors.FORMULA_ID:
@@ -322,6 +351,7 @@ class Server:
         content = (_plain(head), body)
         if held.last is not None and head["n"] == held.n - 1:
             if held.last[0] != content:
+                self.stage.fault(f"step {head['n']} came again with other content")
                 raise Refusal("conflict")
             self.reply_step(conn, request, *held.last[1])
             return
@@ -334,8 +364,10 @@ class Server:
         tensor, opened = head["t"][0], held.open
         shape = tuple(tensor["s"])
         if head["n"] != held.n:
+            self.stage.fault(f"step {head['n']} came where {held.n} was due")
             raise Refusal("out_of_order", n=held.n)
         if head["pos"] > held.hidden.shape[1]:
+            self.stage.fault(f"a step at {head['pos']} came where {held.hidden.shape[1]} tokens are held")
             raise Refusal("position", pos=held.hidden.shape[1])
         if (tensor["n"], tensor["d"], tensor["c"]) != ("h", opened["dtype"], opened["codec"]):
             raise Failed(f"step with {tensor} in a session of {opened['dtype']} {opened['codec']}")
@@ -354,9 +386,14 @@ class Server:
         held.hidden = np.concatenate([kept, hidden], axis=1)
         held.n += 1
         pads = head.get("pad") or [0] * shape[0]
-        rows = [tensors.run_blocks(row, *opened["blocks"], pad=pad) for row, pad in zip(held.hidden, pads, strict=True)]
+        start, end = opened["blocks"]
+        rows = [tensors.run_blocks(row, start, end, pad) for row, pad in zip(held.hidden, pads, strict=True)]
         output = np.stack(rows)[:, head["pos"] :].astype(np.float32)
-        made = {"n": head["n"], "pos": head["pos"] + shape[1], "t": [tensors.descriptor(output, tensor["d"], tensor["c"])]}
+        made = {
+            "n": head["n"],
+            "pos": head["pos"] + shape[1],
+            "t": [tensors.descriptor(output, tensor["d"], tensor["c"])],
+        }
         return made, tensors.encode(output, tensor["d"], tensor["c"])
 
     def reply_step(self, conn: Conn, request: Request, head: dict[str, Any], body: bytes) -> None:

@@ -7,12 +7,23 @@ from typing import Any
 from tools.conformance.bench import Bench
 from tools.conformance.codec import pack, wide
 from tools.conformance.constants import (
-    CANCEL, DATA, END, ERR, GOAWAY, HELLO, LIMIT, PING, PONG, PROGRESS, REQ, RES,
+    CANCEL,
+    DATA,
+    END,
+    ERR,
+    GOAWAY,
+    HELLO,
+    LIMIT,
+    PING,
+    PONG,
+    PROGRESS,
+    REQ,
+    RES,
 )  # fmt: skip
 from tools.conformance.link import WAIT
 from tools.conformance.peer import Peer, hello_frame
 from tools.conformance.registry import case
-from tools.conformance.verdicts import Closed, Failed, require
+from tools.conformance.verdicts import Closed, Failed, Skipped, require
 
 
 def _breaks(number: int, requirements: str, codes: str, title: str, *frames: Any) -> None:
@@ -113,8 +124,23 @@ def _bad_hello(number: int, requirements: str, title: str, *heads: Any, codes: s
     case(f"frames/{number:03}", requirements, title=title)(run)
 
 
-_bad_hello(9, "PT-FRM-024", "HELLO whose v is missing, a str, a bool or negative: GOAWAY", {}, {"v": "0"}, {"v": True}, {"v": -1})
-_bad_hello(10, "PT-FRM-024", "HELLO with other wrong types: GOAWAY", {"v": 0, "caps": []}, {"v": 0, "limits": 1}, {"v": 0, "agent": b"a"})
+_bad_hello(
+    9,
+    "PT-FRM-024",
+    "HELLO whose v is missing, a str, a bool or negative: GOAWAY",
+    {},
+    {"v": "0"},
+    {"v": True},
+    {"v": -1},
+)
+_bad_hello(
+    10,
+    "PT-FRM-024",
+    "HELLO with other wrong types: GOAWAY",
+    {"v": 0, "caps": []},
+    {"v": 0, "limits": 1},
+    {"v": 0, "agent": b"a"},
+)
 _bad_hello(11, "PT-FRM-012", 'HELLO with a key that begins with "!": GOAWAY', {"v": 0, "!strict": 1})
 
 _breaks(12, "PT-FRM-011", "protocol", "An unknown type below 16", [9], [15, 1, {}])
@@ -122,23 +148,102 @@ _lives(13, "PT-FRM-010", "Unknown types from 17 to 31", [17], [31, 1, {"a": 1}],
 _breaks(14, "PT-FRM-011", "protocol", "A type from 32 on, or negative", [32], [100, 1], [2**40], [-1])
 _breaks(15, "PT-FRM-002 PT-FRM-003", "frame", "A type that is no integer, or none", ["0"], [None], [True, 1], [])
 _breaks(16, "PT-FRM-002 PT-FRM-003", "frame", "A frame that is no array", {"a": 1}, 7, "PING", pack(b"bin"), None)
-_breaks(17, "PT-FRM-002 PT-FRM-003", "frame", "HELLO or REQ of a wrong arity", [HELLO], [REQ, 1, END, "info"], [REQ, 1, END, "info", {}, 1])
-_breaks(18, "PT-FRM-002 PT-FRM-003", "frame", "RES or DATA of a wrong arity", [RES, 1, END], [DATA, 1, 0], [DATA, 1, 0, b"", 1])
-_breaks(19, "PT-FRM-002 PT-FRM-003", "frame", "ERR or CANCEL of a wrong arity", [ERR, 1, 1, "a"], [CANCEL], [CANCEL, 1, 1])
-_breaks(20, "PT-FRM-002 PT-FRM-003", "frame", "PING, PONG or GOAWAY of a wrong arity", [PING], [PONG, bytes(8), 0], [GOAWAY, 0, 0])
+_breaks(
+    17,
+    "PT-FRM-002 PT-FRM-003",
+    "frame",
+    "HELLO or REQ of a wrong arity",
+    [HELLO],
+    [REQ, 1, END, "info"],
+    [REQ, 1, END, "info", {}, 1],
+)
+_breaks(
+    18,
+    "PT-FRM-002 PT-FRM-003",
+    "frame",
+    "RES or DATA of a wrong arity",
+    [RES, 1, END],
+    [DATA, 1, 0],
+    [DATA, 1, 0, b"", 1],
+)
+_breaks(
+    19, "PT-FRM-002 PT-FRM-003", "frame", "ERR or CANCEL of a wrong arity", [ERR, 1, 1, "a"], [CANCEL], [CANCEL, 1, 1]
+)
+_breaks(
+    20,
+    "PT-FRM-002 PT-FRM-003",
+    "frame",
+    "PING, PONG or GOAWAY of a wrong arity",
+    [PING],
+    [PONG, bytes(8), 0],
+    [GOAWAY, 0, 0],
+)
 _breaks(21, "PT-FRM-002 PT-FRM-003", "frame", "PROGRESS of a wrong arity", [PROGRESS, 1], [PROGRESS, 1, {}, 1])
-_breaks(22, "PT-FRM-006", "frame", "Reserved flag bits", *[[REQ, 1, flags, "info", {}] for flags in (2, 3, 128, -1, True, "1")])
-_breaks(23, "PT-FRM-006", "frame", "Reserved flag bits in DATA", [DATA, 1, 2, b"a"], [DATA, 1, 3, b"a"], [DATA, 1, 64, b"a"])
+_breaks(
+    22,
+    "PT-FRM-006",
+    "frame",
+    "Reserved flag bits",
+    *[[REQ, 1, flags, "info", {}] for flags in (2, 3, 128, -1, True, "1")],
+)
+_breaks(
+    23, "PT-FRM-006", "frame", "Reserved flag bits in DATA", [DATA, 1, 2, b"a"], [DATA, 1, 3, b"a"], [DATA, 1, 64, b"a"]
+)
 _breaks(24, "PT-FRM-005", "protocol", "DATA on stream 0", [DATA, 0, 0, b"x"])
-_breaks(25, "PT-FRM-005", "protocol frame", "Stream ids that are none", *[[REQ, s, END, "info", {}] for s in (0, -1, 2**53, "1", None, True)])
-_breaks(26, "PT-FRM-008 PT-FRM-003", "frame", "A REQ of more than 16 KiB", [REQ, 1, END, "info", {"pad": bytes(16_400)}])
+_breaks(
+    25,
+    "PT-FRM-005",
+    "protocol frame",
+    "Stream ids that are none",
+    *[[REQ, s, END, "info", {}] for s in (0, -1, 2**53, "1", None, True)],
+)
+_breaks(
+    26, "PT-FRM-008 PT-FRM-003", "frame", "A REQ of more than 16 KiB", [REQ, 1, END, "info", {"pad": bytes(16_400)}]
+)
 _breaks(27, "PT-FRM-007 PT-FRM-003", "frame", "DATA with more than 65,000 bytes", [DATA, 1, 0, bytes(65_001)])
-_breaks(28, "PT-FRM-002 PT-FRM-003", "frame", "PING with another payload than 8 bytes", *[[PING, bytes(n)] for n in (0, 7, 9, 60_000)], [PING, "12345678"])
-_breaks(29, "PT-FRM-009 PT-FRM-003", "frame", "A method of 65 characters, or no str", [REQ, 1, END, "m" * 65, {}], [REQ, 1, END, b"info", {}])
-_breaks(30, "PT-FRM-002 PT-FRM-003", "frame", "DATA that is no bin", [DATA, 1, 0, "text"], [DATA, 1, 0, [1]], [DATA, 1, 0, None])
-_breaks(31, "PT-FRM-002 PT-FRM-003", "frame", "A head that is no map", [REQ, 1, END, "info", []], [REQ, 1, END, "info", None], [RES, 2, END, 1])
+_breaks(
+    28,
+    "PT-FRM-002 PT-FRM-003",
+    "frame",
+    "PING with another payload than 8 bytes",
+    *[[PING, bytes(n)] for n in (0, 7, 9, 60_000)],
+    [PING, "12345678"],
+)
+_breaks(
+    29,
+    "PT-FRM-009 PT-FRM-003",
+    "frame",
+    "A method of 65 characters, or no str",
+    [REQ, 1, END, "m" * 65, {}],
+    [REQ, 1, END, b"info", {}],
+)
+_breaks(
+    30,
+    "PT-FRM-002 PT-FRM-003",
+    "frame",
+    "DATA that is no bin",
+    [DATA, 1, 0, "text"],
+    [DATA, 1, 0, [1]],
+    [DATA, 1, 0, None],
+)
+_breaks(
+    31,
+    "PT-FRM-002 PT-FRM-003",
+    "frame",
+    "A head that is no map",
+    [REQ, 1, END, "info", []],
+    [REQ, 1, END, "info", None],
+    [RES, 2, END, 1],
+)
 _lives(32, "PT-FRM-032", "A PONG that nobody asked for", [PONG, bytes(8)], [PONG, b"\xff" * 8])
-_breaks(33, "PT-STR-006", "protocol", "A reply on a stream that the server never opened", [RES, 2, END, {}], [ERR, 2, 1, "", {}])
+_breaks(
+    33,
+    "PT-STR-006",
+    "protocol",
+    "A reply on a stream that the server never opened",
+    [RES, 2, END, {}],
+    [ERR, 2, 1, "", {}],
+)
 _breaks(34, "PT-STR-006", "protocol", "DATA or PROGRESS on such a stream", [DATA, 2, END, b""], [PROGRESS, 2, {}])
 _breaks(35, "PT-STR-006", "protocol", "CANCEL of a stream never opened", [CANCEL, 7], [CANCEL, 8])
 
@@ -230,3 +335,37 @@ def long_agent(bench: Bench) -> None:
         pass
 
 
+def _offering_inline(bench: Bench) -> Peer:
+    """A connection where both sides take small bodies in the frame of the head. Raises Skipped."""
+    peer = Peer(bench.link())
+    peer.inline = True
+    peer.link.send(hello_frame(caps={"inline": {}}))
+    peer.pump(lambda: peer.hello is not None, WAIT, "HELLO")
+    if "inline" not in ((peer.hello or {}).get("caps") or {}):
+        raise Skipped("the target does not list the capability inline")
+    return peer
+
+
+@case("frames/044", "PT-FRM-014 PT-STR-010")
+def inline_bodies(bench: Bench) -> None:
+    """Where both sides list inline, a small body may travel in the frame of its head: the same numbers"""
+    peer = _offering_inline(bench)
+    session = bench.session(peer)
+    hidden = bench.hidden(3)
+    body = session.body(hidden)
+    answer = peer.expect(peer.new_stream())
+    head = session.head(hidden) | {"size": len(body), "max": 1 << 20}
+    peer.link.send([REQ, answer.stream, END, "step", head, body])
+    output = session.accept(peer.wait(answer), hidden)
+    bench.close_to(output, bench.session(peer).step(hidden), "a step with its body inline")
+
+
+@case("frames/045", "PT-FRM-014 PT-FRM-002")
+def bad_inline_bodies(bench: Bench) -> None:
+    """An inline body that is no bin, empty, too long, or without END: GOAWAY(frame)"""
+    for flags, body in ((END, "text"), (END, b""), (END, bytes(32_769)), (0, bytes(8)), (END, None), (END, 7)):
+        peer = _offering_inline(bench)
+        size = len(body) if isinstance(body, bytes) else 4
+        peer.link.send([REQ, 1, flags, "step", {"size": size, "max": 0}, body])
+        peer.expect(1)
+        peer.link.expect_close({"frame"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from typing import Any
 
@@ -116,7 +117,7 @@ def byte_by_byte(bench: Bench) -> None:
         payload = bench.rng.randbytes(8)
         for byte in peer.link.seal(pack([PING, payload])):
             peer.link.send_raw(bytes([byte]))
-        peer.pump(lambda payload=payload: payload in peer.pongs, WAIT, "PONG")
+        peer.pump(functools.partial(peer.pongs.__contains__, payload), WAIT, "PONG")
 
 
 @case("records/012", "PT-TRN-060")
@@ -185,5 +186,3 @@ def after_failure(bench: Bench) -> None:
     peer.link.send_raw(bytes(broken) + peer.link.seal(pack(close)) + peer.link.seal(pack([CANCEL, 1])))
     frames = peer.link.expect_close({"decrypt"})
     bench.should(frames, "GOAWAY(decrypt) before the end")
-
-

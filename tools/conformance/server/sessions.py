@@ -31,7 +31,12 @@ def info(bench: Bench) -> None:
     require(type(found.get("model")) is bytes and len(found["model"]) == 32, f"model: {found.get('model')!r}")
     start, end = found["blocks"]
     require(0 <= start < end <= found["layers"] <= 4_096, f"blocks {start}:{end} of {found['layers']}")
-    for name, low, high in (("hidden", 1, 2**24), ("max_len", 1, 2**20), ("max_batch", 1, 1_024), ("cache_left", 0, 2**63)):
+    for name, low, high in (
+        ("hidden", 1, 2**24),
+        ("max_len", 1, 2**20),
+        ("max_batch", 1, 1_024),
+        ("cache_left", 0, 2**63),
+    ):
         require(type(found.get(name)) is int and low <= found[name] <= high, f"{name}: {found.get(name)!r}")
     require(found.get("dtype") in ("float32", "bfloat16", "float16"), f"dtype: {found.get('dtype')!r}")
     require(found.get("quant") in (None, "int8"), f"quant: {found.get('quant')!r}")
@@ -77,15 +82,23 @@ def _not_served(number: int, requirements: str, title: str, *changes: dict[str, 
     case(f"sessions/{number:03}", requirements, title=f"{title}: ERR not_served")(run)
 
 
-_not_served(5, "PT-SES-011", "Blocks that are not wholly served, or another model", {"blocks": "beyond"}, {"model": bytes(32)})
-_not_served(6, "PT-SES-001", "A range that is empty, reversed or beyond every model", *[{"blocks": b} for b in ([1, 1], [2, 1], [-1, 1], [0, 4_097], [0, 2**62])])
+_not_served(
+    5, "PT-SES-011", "Blocks that are not wholly served, or another model", {"blocks": "beyond"}, {"model": bytes(32)}
+)
+_not_served(
+    6,
+    "PT-SES-001",
+    "A range that is empty, reversed or beyond every model",
+    *[{"blocks": b} for b in ([1, 1], [2, 1], [-1, 1], [0, 4_097], [0, 2**62])],
+)
 
 
 @case("sessions/007", "PT-SES-001 PT-MSG-041")
 def blocks_of_wrong_form(bench: Bench) -> None:
     """blocks that is no array of two integers: ERR bad_request"""
     peer = bench.peer()
-    for blocks in ([0], [0, 1, 2], ["0", "1"], 1, "0:1", [0, True], {}, []):
+    wrong: list[Any] = [[0], [0, 1, 2], ["0", "1"], 1, "0:1", [0, True], {}, []]
+    for blocks in wrong:
         peer.refused({"bad_request"}, "open", bench.open_head(bench.rng.randbytes(16), blocks=blocks))
 
 
@@ -96,7 +109,9 @@ def too_large(bench: Bench) -> None:
     left = (peer.ask("info").head or {})["cache_left"]
     for max_len, batch in ((2**20, 1_024), (left + 1, 1_024), (2**20, 512)):
         if max_len <= 2**20 and max_len * batch > left:
-            answer = peer.refused({"resources"}, "open", bench.open_head(bench.rng.randbytes(16), max_len=max_len, batch=batch))
+            answer = peer.refused(
+                {"resources"}, "open", bench.open_head(bench.rng.randbytes(16), max_len=max_len, batch=batch)
+            )
             bench.should(type(answer.detail.get("retry")) is bool, f"detail.retry: {answer.detail}")
             bench.should(type(answer.detail.get("cache_left")) is int, f"detail.cache_left: {answer.detail}")
     after = (peer.ask("info").head or {})["cache_left"]
@@ -128,7 +143,7 @@ def sessions_of_one_peer(bench: Bench) -> None:
     bench.session(peer, max_len=1)
 
 
-@case("sessions/011", "PT-SES-020 PT-SES-010")
+@case("sessions/011", "PT-SES-020 PT-SES-010 PT-ERR-010")
 def foreign_session(bench: Bench) -> None:
     """A session of another peer answers like one that never was, with the same text, to every method"""
     session = bench.session()
@@ -294,7 +309,8 @@ def pushed_and_awaited(bench: Bench) -> None:
     """A step pushed by the named peer answers the owner's await; the owner's own copy gets the same reply"""
     pusher = bench.peer()
     hidden = bench.hidden(2)
-    session = Session(bench, bench.peer(), **{"from": pusher.identity.peer})
+    named: dict[str, Any] = {"from": pusher.identity.peer}
+    session = Session(bench, bench.peer(), **named)
     waiting = session.peer.send_request("await", {"sid": session.sid, "n": 0})
     head = {"owner": session.peer.identity.peer, **session.head(hidden)}
     answer = pusher.call("push", head, session.body(hidden))

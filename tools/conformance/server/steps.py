@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from tools.conformance import tensors
@@ -136,10 +138,11 @@ def wrong_rows(bench: Bench) -> None:
     session = bench.session(batch=2)
     hidden = bench.hidden(3, 2)
     session.step(hidden)
-    for changes in (
+    wrong: tuple[dict[str, Any], ...] = (
         {"hypo": [0]}, {"hypo": [0, 1, 0]}, {"hypo": [0, 2]}, {"hypo": [-1, 0]}, {"hypo": [True, 0]}, {"hypo": 1},
         {"hypo": []}, {"pad": [0]}, {"pad": [0, -1]}, {"pad": [0, 2**21]}, {"pad": ["0", 0]}, {"pad": b"\0\0"},
-    ):  # fmt: skip
+    )  # fmt: skip
+    for changes in wrong:
         session.refused({"bad_request"}, hidden, **changes)
         session.unchanged()
 
@@ -215,7 +218,17 @@ def fields(bench: Bench) -> None:
     session = bench.session()
     hidden = bench.hidden(2)
     session.step(hidden)
-    for changes in ({"n": None}, {"n": True}, {"n": "1"}, {"n": -1}, {"n": 2**63}, {"pos": None}, {"pos": "0"}, {"pos": True}, {"t": None}):
+    for changes in (
+        {"n": None},
+        {"n": True},
+        {"n": "1"},
+        {"n": -1},
+        {"n": 2**63},
+        {"pos": None},
+        {"pos": "0"},
+        {"pos": True},
+        {"t": None},
+    ):
         session.refused({"bad_request"}, hidden, **changes)
         session.unchanged()
 

@@ -93,11 +93,13 @@ def body_too_long(bench: Bench) -> None:
 
 @case("streams/009", "PT-STR-023 PT-TEN-022")
 def body_too_short(bench: Bench) -> None:
-    """END before all of the body: ERR tensor"""
+    """END before all of the body, or all of it without END: ERR tensor"""
     peer = bench.peer()
-    answer = peer.expect(1)
-    peer.link.send([REQ, 1, 0, "step", {"size": 100, "max": 0}], [DATA, 1, 0, bytes(50)], [DATA, 1, END, bytes(49)])
-    expect_error(peer.wait(answer), {"tensor"})
+    for flags, size in ((END, 49), (0, 50)):
+        answer = peer.expect(peer.new_stream())
+        head = [REQ, answer.stream, 0, "step", {"size": 100, "max": 0}]
+        peer.link.send(head, [DATA, answer.stream, 0, bytes(50)], [DATA, answer.stream, flags, bytes(size)])
+        expect_error(peer.wait(answer), {"tensor"})
     peer.alive()
 
 
@@ -116,10 +118,38 @@ def _bad_head(number: int, requirements: str, codes: str, title: str, *heads: tu
     case(f"streams/{number:03}", f"{requirements} PT-MSG-041 PT-MSG-042", title=f"{title}: ERR {codes}")(run)
 
 
-_bad_head(10, "PT-STR-010 PT-STR-011", "bad_request", "END with a size, and no END without one", (END, {"size": 10}), (0, {"size": 0}), (0, {}))
-_bad_head(11, "PT-STR-011", "bad_request", "A size that is no count", *[(0, {"size": s}) for s in (-1, "10", True, b"1", [1], 2**63)])
-_bad_head(12, "PT-STR-011", "bad_request", "A size above 64 MiB", (0, {"size": 64 * MIB + 1}), (0, {"size": 2**40}), (0, {"size": 2**62}))
-_bad_head(13, "PT-STR-011", "bad_request", "max and dl that are no counts", *[(END, {n: v}) for n in ("max", "dl") for v in (-1, "1", True, 2**64 - 1)])
+_bad_head(
+    10,
+    "PT-STR-010 PT-STR-011",
+    "bad_request",
+    "END with a size, and no END without one",
+    (END, {"size": 10}),
+    (0, {"size": 0}),
+    (0, {}),
+)
+_bad_head(
+    11,
+    "PT-STR-011",
+    "bad_request",
+    "A size that is no count",
+    *[(0, {"size": s}) for s in (-1, "10", True, b"1", [1], 2**63)],
+)
+_bad_head(
+    12,
+    "PT-STR-011",
+    "bad_request",
+    "A size above 64 MiB",
+    (0, {"size": 64 * MIB + 1}),
+    (0, {"size": 2**40}),
+    (0, {"size": 2**62}),
+)
+_bad_head(
+    13,
+    "PT-STR-011",
+    "bad_request",
+    "max and dl that are no counts",
+    *[(END, {n: v}) for n in ("max", "dl") for v in (-1, "1", True, 2**64 - 1)],
+)
 
 
 @case("streams/014", "PT-STR-020 PT-STR-021 PT-STR-024")

@@ -38,21 +38,73 @@ def _step_refused(session: Session, hidden: Array, codes: str, described: Any, b
     session.unchanged()
 
 
-_refused(1, "PT-TEN-007", "tensor", "A shape of 1 GiB with a body of a few bytes", {"s": [1, 1 << 22, 64]}, {"s": [1, 1 << 30, 64]})
-_refused(2, "PT-TEN-007", "tensor", "A shape whose product overflows 64 bits", {"s": [2**32, 2**32, 64]}, {"s": [2**63 - 1] * 8})
-_refused(3, "PT-TEN-005", "tensor", "A dimension of 0 or below", {"s": [1, 0, 64]}, {"s": [1, -2, 64]}, {"s": [0, 2, 64]})
+_refused(
+    1,
+    "PT-TEN-007",
+    "tensor",
+    "A shape of 1 GiB with a body of a few bytes",
+    {"s": [1, 1 << 22, 64]},
+    {"s": [1, 1 << 30, 64]},
+)
+_refused(
+    2,
+    "PT-TEN-007",
+    "tensor",
+    "A shape whose product overflows 64 bits",
+    {"s": [2**32, 2**32, 64]},
+    {"s": [2**63 - 1] * 8},
+)
+_refused(
+    3, "PT-TEN-005", "tensor", "A dimension of 0 or below", {"s": [1, 0, 64]}, {"s": [1, -2, 64]}, {"s": [0, 2, 64]}
+)
 _refused(4, "PT-TEN-005", "tensor", "No dimension, or nine", {"s": []}, {"s": [1] * 8 + [128]})
-_refused(5, "PT-TEN-005", "bad_request", "A dimension that is no integer", {"s": [1, "2", 64]}, {"s": [True, 2, 64]}, {"s": [1, None, 64]}, {"s": 128})
-_refused(6, "PT-TEN-004 PT-MSG-046", "unsupported", "An unknown type or codec", {"d": "f64"}, {"c": "zip"}, {"c": "i8b32"})
+_refused(
+    5,
+    "PT-TEN-005",
+    "bad_request",
+    "A dimension that is no integer",
+    {"s": [1, "2", 64]},
+    {"s": [True, 2, 64]},
+    {"s": [1, None, 64]},
+    {"s": 128},
+)
+_refused(
+    6, "PT-TEN-004 PT-MSG-046", "unsupported", "An unknown type or codec", {"d": "f64"}, {"c": "zip"}, {"c": "i8b32"}
+)
 _refused(7, "PT-TEN-006", "unsupported", "i8b64 over integers", {"d": "i64", "c": "i8b64"}, {"d": "u8", "c": "i8b64"})
 _refused(8, "PT-SES-021 PT-SES-002", "tensor", "Another hidden size, batch or number of dimensions",
          {"s": [1, 2, 63]}, {"s": [1, 4, 32]}, {"s": [2, 1, 64]}, {"s": [2, 64]}, {"s": [1, 1, 2, 64]})  # fmt: skip
-_refused(9, "PT-SES-002", "tensor unsupported", "Integers where hidden states are due", {"d": "i64", "s": [1, 1, 64]}, {"d": "u8", "s": [1, 8, 64]})
-_refused(10, "PT-TEN-003 PT-SES-004", "bad_request", "A tensor of another name", {"n": "hidden"}, {"n": "H"}, {"n": ""}, {"n": "n" * 65})
+_refused(
+    9,
+    "PT-SES-002",
+    "tensor unsupported",
+    "Integers where hidden states are due",
+    {"d": "i64", "s": [1, 1, 64]},
+    {"d": "u8", "s": [1, 8, 64]},
+)
+_refused(
+    10,
+    "PT-TEN-003 PT-SES-004",
+    "bad_request",
+    "A tensor of another name",
+    {"n": "hidden"},
+    {"n": "H"},
+    {"n": ""},
+    {"n": "n" * 65},
+)
 _refused(11, "PT-TEN-001 PT-MSG-041", "bad_request", "A descriptor without one of its keys",
          *[{name: "absent"} for name in "ndsc"], *[{name: None} for name in "ndsc"])  # fmt: skip
 _refused(12, "PT-MSG-045 PT-TEN-001", "unsupported", "A critical key in a descriptor", {"!zstd": 1})
-_refused(13, "PT-MSG-040 PT-TEN-001", "bad_request", "Keys of a descriptor of wrong types", {"n": b"h"}, {"d": 1}, {"c": True}, {"d": ["f32"]})
+_refused(
+    13,
+    "PT-MSG-040 PT-TEN-001",
+    "bad_request",
+    "Keys of a descriptor of wrong types",
+    {"n": b"h"},
+    {"d": 1},
+    {"c": True},
+    {"d": ["f32"]},
+)
 
 
 @case("tensors/014", "PT-TEN-003 PT-SES-004")
@@ -61,7 +113,8 @@ def several(bench: Bench) -> None:
     session = bench.session()
     hidden = bench.hidden(2)
     good = tensors.descriptor(hidden)
-    for described in ([good, good], [good, good | {"n": "x"}], [], {}, None, [good, 7], "h"):
+    wrong: list[Any] = [[good, good], [good, good | {"n": "x"}], [], {}, None, [good, 7], "h"]
+    for described in wrong:
         _step_refused(session, hidden, "bad_request", described)
 
 
@@ -125,10 +178,29 @@ def _bad_int8(number: int, requirements: str, title: str, dtype: str, *changes: 
     case(f"tensors/{number:03}", requirements, title=f"{title}: ERR tensor")(run)
 
 
-_bad_int8(20, "PT-TEN-044", "i8b64 with a scale of NaN or infinity", "f32", ("scale", NAN), ("scale", INF), ("scale", -INF), ("scale", 0x7F800001))
-_bad_int8(21, "PT-TEN-044", "i8b64 with a negative scale, -0 included", "f32", ("scale", -1.0), ("scale", 0x80000000), ("scale", 0x80000001))
+_bad_int8(
+    20,
+    "PT-TEN-044",
+    "i8b64 with a scale of NaN or infinity",
+    "f32",
+    ("scale", NAN),
+    ("scale", INF),
+    ("scale", -INF),
+    ("scale", 0x7F800001),
+)
+_bad_int8(
+    21,
+    "PT-TEN-044",
+    "i8b64 with a negative scale, -0 included",
+    "f32",
+    ("scale", -1.0),
+    ("scale", 0x80000000),
+    ("scale", 0x80000001),
+)
 _bad_int8(22, "PT-TEN-044", "i8b64 with a scale of 2^121 or more", "f32", ("scale", 2.0**121), ("scale", 0x7F7FFFFF))
-_bad_int8(23, "PT-TEN-044", "i8b64 for f16 with a scale of 515.875 or more", "f16", ("scale", 515.875), ("scale", 65_504.0))
+_bad_int8(
+    23, "PT-TEN-044", "i8b64 for f16 with a scale of 515.875 or more", "f16", ("scale", 515.875), ("scale", 65_504.0)
+)
 _bad_int8(24, "PT-TEN-045", "i8b64 with the code -128", "f32", ("code", -128))
 _bad_int8(25, "PT-TEN-045", "i8b64 with codes in a block of scale 0", "f32", ("scale", 0.0))
 
@@ -155,7 +227,11 @@ def _round_trip(number: int, dtype: str, codec: str, tolerance: float) -> None:
         bench.close_to(output[0], bench.formula(sent[0]), f"{dtype} {codec}", tolerance)
 
     title = f"A step with {dtype} {codec} gives the formula model's numbers"
-    case(f"tensors/{number:03}", "PT-TEN-010 PT-TEN-030 PT-TEN-040 PT-TEN-050 PT-TEN-051 PT-MDL-020 PT-MDL-060", title=title)(run)
+    case(
+        f"tensors/{number:03}",
+        "PT-TEN-010 PT-TEN-030 PT-TEN-040 PT-TEN-050 PT-TEN-051 PT-MDL-020 PT-MDL-060",
+        title=title,
+    )(run)
 
 
 _round_trip(27, "f32", "raw", 0.0)
@@ -183,7 +259,9 @@ def int8_bytes(bench: Bench) -> None:
     same = float((off == 0).mean())
     require(np.allclose(found_scales, scales, rtol=1e-4), "the scales are not max / 127 of each block")
     # the two sessions may differ in the last bits of their sums, so a value near a half may fall the other way
-    require(off.max() <= 1 and same >= 0.98, f"expected: the same codes; observed: {same:.1%} the same, off by {off.max()}")
+    require(
+        off.max() <= 1 and same >= 0.98, f"expected: the same codes; observed: {same:.1%} the same, off by {off.max()}"
+    )
 
 
 @case("tensors/034", "PT-TEN-011")

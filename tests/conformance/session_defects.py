@@ -1,0 +1,202 @@
+"""Defects of a server in tensors and sessions; see defects.py."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from defects import defect, patch
+
+from petalite import bridge
+from petalite.bloom import cache, span
+from petalite.errors import ErrorCode, RequestError
+from petalite.server import executor, handlers, sessions, steps, table
+
+# --- tensors
+
+
+@defect("tensors/033")
+def rounds_int8_towards_zero() -> None:
+    before = torch.Tensor.round_
+    patch(torch.Tensor, "round_", lambda self: self.trunc_() if self.dim() == 3 else before(self))
+
+
+@defect("tensors/017", "tensors/018")
+def computes_with_nan() -> None:
+    patch(bridge, "all_finite", lambda values: True)
+
+
+@defect("tensors/020", "tensors/021")
+def takes_any_scale() -> None:
+    bridge.BAD_SCALE_BITS.update(dict.fromkeys(bridge.BAD_SCALE_BITS, 1 << 40))
+    before = bridge._decode_int8
+
+    def decode(descriptor: Any, body: torch.Tensor) -> torch.Tensor:
+        try:
+            return before(descriptor, body)
+        except RequestError:
+            return torch.zeros(descriptor.shape)
+
+    patch(bridge, "_decode_int8", decode)
+
+
+@defect("tensors/016")
+def takes_bodies_of_any_size() -> None:
+    patch(steps, "_check_body", lambda tensors, body: body.extend(bytes(1 << 16)) or body.__delitem__(slice(512, None)))
+
+
+# --- sessions
+
+
+@defect("sessions/011")
+def tells_that_a_session_exists() -> None:
+    before = table.SessionTable.find
+
+    def find(self: Any, owner: Any, sid: bytes, now: float) -> Any:
+        if (owner, sid) not in self._sessions and any(key[1] == sid for key in self._sessions):
+            raise RequestError(ErrorCode.FORBIDDEN, "not your session")
+        return before(self, owner, sid, now)
+
+    patch(table.SessionTable, "find", find)
+
+
+@defect("sessions/012", "sessions/011")
+def knows_sessions_by_sid_alone() -> None:
+    patch(sessions.Session, "key", property(lambda self: self.open.sid))
+    before = table.SessionTable._lookup
+    patch(table.SessionTable, "_lookup", lambda self, owner, sid, now: before(_BySid(self), owner, sid, now))
+
+
+class _BySid:
+    def __init__(self, table_: Any) -> None:
+        self._table = table_
+        self._sessions = self
+        self.idle_seconds = table_.idle_seconds
+
+    def get(self, key: tuple[Any, bytes]) -> Any:
+        return self._table._sessions.get(key[1])
+
+    def _drop(self, *args: Any) -> None:
+        self._table._drop(*args)
+
+
+@defect("sessions/004")
+def refuses_to_open_again() -> None:
+    before = table.SessionTable.open
+
+    def open_(self: Any, owner: Any, message: Any, now: float) -> Any:
+        if self._lookup(owner, message.sid, now) is not None:
+            raise RequestError(ErrorCode.CONFLICT, "the session exists")
+        return before(self, owner, message, now)
+
+    patch(table.SessionTable, "open", open_)
+
+
+@defect("sessions/017")
+def keeps_the_cache_of_closed_sessions() -> None:
+    patch(cache.CachePool, "release", lambda self, rows: setattr(rows, "views", ()))
+
+
+@defect("steps/007")
+def forgets_a_rollback() -> None:
+    before = steps.StepWork
+
+    def work(span_: Any, rows: Any, position: int, pad: Any, reorder: Any) -> Any:
+        return before(span_, rows, rows.position, pad, reorder)
+
+    patch(steps, "StepWork", work)
+
+
+@defect("steps/009")
+def ignores_hypo() -> None:
+    patch(cache.Rows, "reorder", lambda self, sources: None)
+
+
+@defect("steps/011")
+def ignores_padding() -> None:
+    before = span.Part
+    replaced = lambda rows, tokens, position, pad=None: before(rows, tokens, position, None)  # noqa: E731
+    patch(executor, "Part", replaced)
+
+
+@defect("steps/003")
+def computes_retries_anew() -> None:
+    before = table.SessionTable.admit
+
+    def admit(self: Any, session: Any, step: Any, *args: Any, **options: Any) -> Any:
+        if step.n == session.n - 1 and session.running is None:
+            step = replace(step, n=session.n)
+            session.last_answer = None
+        return before(self, session, step, *args, **options)
+
+    patch(table.SessionTable, "admit", admit)
+
+
+@defect("steps/004")
+def answers_other_content_from_the_kept_reply() -> None:
+    for module in (sessions, table, steps):
+        patch(module, "step_digest", lambda step, body: b"the same")
+
+
+@defect("steps/005")
+def gives_another_code_for_a_gap() -> None:
+    patch(table, "out_of_order", lambda session: RequestError(ErrorCode.POSITION, "not now", {"n": session.n}))
+
+
+@defect("steps/008")
+def lets_steps_run_past_the_length() -> None:
+    before = table.SessionTable._check_fits
+
+    def check(self: Any, session: Any, step: Any) -> None:
+        try:
+            before(self, session, step)
+        except RequestError as error:
+            if error.code is ErrorCode.LENGTH:
+                raise RequestError(ErrorCode.INTERNAL, "no room") from None
+            raise
+
+    patch(table.SessionTable, "_check_fits", check)
+
+
+@defect("steps/006")
+def takes_any_position() -> None:
+    before = table.SessionTable._check_fits
+
+    def check(self: Any, session: Any, step: Any) -> None:
+        before(self, session, replace(step, pos=min(step.pos, session.position)))
+
+    patch(table.SessionTable, "_check_fits", check)
+
+
+@defect("steps/001")
+def computes_other_numbers() -> None:
+    before = steps.StepWork
+
+    def work(span_: Any, rows: Any, position: int, pad: Any, reorder: Any) -> Any:
+        return before(
+            type(span_)(span_.config, span_.start, span_.end, list(reversed(list(span_.layers)))),
+            rows,
+            position,
+            pad,
+            reorder,
+        )
+
+    patch(steps, "StepWork", work)
+
+
+@defect("sessions/015")
+def counts_steps_wrongly() -> None:
+    before = handlers.messages.StatusReply
+    patch(handlers.messages, "StatusReply", lambda **fields: before(**{**fields, "n": fields["n"] + 1}))
+
+
+@defect("sessions/001")
+def gives_another_manifest() -> None:
+    before = handlers.Handlers.manifest
+
+    async def manifest(self: Any, call: Any) -> Any:
+        reply = await before(self, call)
+        return replace(reply, body=(bytes(reply.body[0])[:-1] + b" ",))
+
+    patch(handlers.Handlers, "manifest", manifest)
