@@ -201,7 +201,13 @@ class World:
     """Made by `open_world`. `places` in the order of the spans given; `notices` are the lines a user would see."""
 
     def __init__(
-        self, parts: Parts, net: MemoryNet, nursery: trio.Nursery, tap: Tap, randbytes: Callable[[int], bytes]
+        self,
+        parts: Parts,
+        net: MemoryNet,
+        nursery: trio.Nursery,
+        tap: Tap,
+        randbytes: Callable[[int], bytes],
+        host: Callable[[MemoryNet, str], Host],
     ) -> None:
         self.parts = parts
         self.places: list[Place] = []
@@ -210,13 +216,14 @@ class World:
         self._nursery = nursery
         self._tap = tap
         self._randbytes = randbytes
+        self._host = host
 
     async def add(
         self, start: int, end: int, rate: float, *, push: bool, idle_seconds: float, session_seconds: float
     ) -> Place:
         """One more server."""
         name = f"10.0.{len(self.places)}.1"
-        host = Host(self.net, name)
+        host = self._host(self.net, name)
         server = BlockServer(
             self.parts.span(start, end),
             self.parts.local.manifest,
@@ -264,7 +271,7 @@ class World:
         self, *, push: bool = True, wire: str = "f32", idle_seconds: float = 10.0
     ) -> AsyncIterator[RemoteModel]:
         """The model as a client of this world sees it."""
-        host = Host(self.net, "10.1.0.1")
+        host = self._host(self.net, "10.1.0.1")
         async with (
             open_endpoint(Identity.generate(self._randbytes), carrier=host, idle_seconds=idle_seconds) as endpoint,
             trio.open_nursery() as nursery,
@@ -295,14 +302,15 @@ async def open_world(
     session_seconds: float = limits.SESSION_IDLE_SECONDS,
     net: MemoryNet | None = None,
     randbytes: Callable[[int], bytes] = os.urandom,
+    host: Callable[[MemoryNet, str], Host] = Host,
 ) -> AsyncIterator[World]:
     """Servers of `spans`, and slower ones of `spares`, which are used when the others fail.
 
     Connections are closed after `idle_seconds` without use, sessions dropped after `session_seconds`.
-    `randbytes` decides who everybody is.
+    `randbytes` decides who everybody is, `host` what their machines are like.
     """
     async with trio.open_nursery() as nursery:
-        world = World(parts, net or MemoryNet(), nursery, tap, randbytes)
+        world = World(parts, net or MemoryNet(), nursery, tap, randbytes, host)
         for rate, group in ((1000.0, spans), (1.0, spares)):
             for start, end in group:
                 await world.add(start, end, rate, push=push, idle_seconds=idle_seconds, session_seconds=session_seconds)
