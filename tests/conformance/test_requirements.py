@@ -13,6 +13,7 @@ from petalite.errors import ErrorCode, GoAwayCode
 from petalite.wire.frames import FrameType
 from tools.conformance.registry import CASES
 from tools.conformance.suite import load_cases
+from tools.make_first_session import made
 from tools.make_requirements import SPEC, read_spec, render
 
 load_cases()
@@ -106,3 +107,33 @@ def test_the_chapters_tables_agree_with_the_constants(path: Path) -> None:
 def test_the_tables_are_read() -> None:
     assert dict(table_values(SPEC / "02-frames.md"))["MAX_FRAME"] == 65_519
     assert dict(table_values(SPEC / "03-requests.md"))["MAX_BODY"] == 67_108_864
+
+
+# --- pages
+
+
+def test_hostile_inputs_name_cases_and_tests_that_exist() -> None:
+    named = re.findall(r"`([a-z]+/[^`]+)`", (SPEC / "hostile-inputs.md").read_text())
+    missing = [name for name in named if name not in CASES and not (ROOT / name).exists()]
+    assert not missing
+    assert len(named) > 200
+
+
+def test_the_first_session_is_what_the_engine_makes() -> None:
+    assert json.loads((SPEC / "vectors" / "first_session.json").read_text()) == made()
+
+
+def test_the_first_clients_page_shows_these_bytes() -> None:
+    page = (SPEC / "first-client.md").read_text()
+    session = made()
+    for data in (session["preamble"], *session["handshake"], session["model"]):
+        assert data in page
+    for frame in session["frames"]:
+        assert frame["plain"] in page
+        assert frame["record"] in page
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for path in SPEC.glob("*.md"):
+        for place in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
+            assert (SPEC / place).exists(), f"{path.name}: {place}"

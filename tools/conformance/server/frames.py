@@ -21,7 +21,7 @@ from tools.conformance.constants import (
     RES,
 )  # fmt: skip
 from tools.conformance.link import WAIT
-from tools.conformance.peer import Peer, hello_frame
+from tools.conformance.peer import Peer, expect_error, hello_frame
 from tools.conformance.registry import case
 from tools.conformance.verdicts import Closed, Failed, Skipped, require
 
@@ -362,10 +362,14 @@ def inline_bodies(bench: Bench) -> None:
 
 @case("frames/045", "PT-FRM-014 PT-FRM-002")
 def bad_inline_bodies(bench: Bench) -> None:
-    """An inline body that is no bin, empty, too long, or without END: GOAWAY(frame)"""
-    for flags, body in ((END, "text"), (END, b""), (END, bytes(32_769)), (0, bytes(8)), (END, None), (END, 7)):
+    """An inline body that is no bin, empty or too long: GOAWAY(frame); one without END: ERR bad_request or tensor"""
+    for body in ("text", b"", bytes(32_769), None, 7, [b"x"]):
         peer = _offering_inline(bench)
         size = len(body) if isinstance(body, bytes) else 4
-        peer.link.send([REQ, 1, flags, "step", {"size": size, "max": 0}, body])
+        peer.link.send([REQ, 1, END, "step", {"size": size, "max": 0}, body])
         peer.expect(1)
         peer.link.expect_close({"frame"})
+    peer = _offering_inline(bench)
+    answer = peer.expect(peer.new_stream())
+    peer.link.send([REQ, answer.stream, 0, "step", {"size": 8, "max": 0}, bytes(8)])
+    expect_error(peer.wait(answer), {"bad_request", "tensor"})
