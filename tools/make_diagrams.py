@@ -16,6 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from petalite.client.hop import HOP_TRANSITIONS
 from petalite.server.state import SESSION_REFUSALS, SESSION_TRANSITIONS
 from petalite.wire.state import DIRECTION_TRANSITIONS, STREAM_TRANSITIONS
 
@@ -24,6 +25,7 @@ Table = Mapping[Any, Mapping[Any, Any]]
 TABLES: dict[str, tuple[Table, Table | None]] = {
     "stream": (STREAM_TRANSITIONS, None),
     "direction": (DIRECTION_TRANSITIONS, None),
+    "hop": (HOP_TRANSITIONS, None),
     "session": (SESSION_TRANSITIONS, SESSION_REFUSALS),
 }
 _MARKED = re.compile(r"(<!-- diagram: (\w+) -->\n).*?(<!-- end diagram -->)", re.DOTALL)
