@@ -19,6 +19,7 @@ def test_a_peer_not_on_the_list_is_told_so_and_served_nothing(zygote: Zygote) ->
         link.send(hello_frame(), [REQ, 1, END, "info", {"max": 4096}])
         assert link.receive()[0] == HELLO
         assert link.expect_close({"forbidden"}, or_plain_close=False) == "forbidden"
+        link.close()
         friend = Peer.dial(target, welcome)
         friend.ask("info")
         friend.close()

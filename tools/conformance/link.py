@@ -254,13 +254,17 @@ def check_message_2(target: Target, noise: Noise, message: bytes) -> bytes:
 def dial(target: Target, identity: Identity, transcript: Transcript | None = None, tail: bytes = b"") -> Link:
     """Connect and shake hands properly; `tail` frames travel in the segment of message 3 as records."""
     link = target.connect(transcript)
-    noise = target.noise()
-    link.send_raw(target.preamble + framed(noise.write(b"")))
-    check_message_2(target, noise, read_message(link))
-    certificate = identity.certificate(noise.s.public, target.network, int(time.time()) + 43_200)
-    message = noise.write(certificate)
-    link.send_cipher, link.recv_cipher = noise.split()
-    link.send_raw(framed(message) + (link.seal(tail) if tail else b""))
+    try:
+        noise = target.noise()
+        link.send_raw(target.preamble + framed(noise.write(b"")))
+        check_message_2(target, noise, read_message(link))
+        certificate = identity.certificate(noise.s.public, target.network, int(time.time()) + 43_200)
+        message = noise.write(certificate)
+        link.send_cipher, link.recv_cipher = noise.split()
+        link.send_raw(framed(message) + (link.seal(tail) if tail else b""))
+    except BaseException:
+        link.close()
+        raise
     return link
 
 

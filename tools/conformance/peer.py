@@ -86,7 +86,11 @@ class Peer:
         identity = identity or Identity()
         peer = cls(dial(target, identity, transcript), identity=identity)
         peer.link.send(hello_frame())
-        peer.pump(lambda: peer.hello is not None, WAIT, "HELLO")
+        try:
+            peer.pump(lambda: peer.hello is not None, WAIT, "HELLO")
+        except BaseException:
+            peer.close()
+            raise
         return peer
 
     def close(self) -> None:
