@@ -75,12 +75,18 @@ class Swarm:
         self.node = node
 
     async def load(
-        self, model: str, *, wire: str = "auto", device: str = "cpu", notice: Callable[[str], None] | None = None
+        self,
+        model: str,
+        *,
+        wire: str = "auto",
+        device: str = "cpu",
+        notice: Callable[[str], None] | None = None,
+        push: bool = True,
     ) -> RemoteModel:
         """Load the client's share of `model` and find its servers.
 
-        `model` is "fairytale", a directory in Hugging Face layout, or a hub name. Raises CheckpointError, and
-        PetaliteError when no server of these very weights is found.
+        `model` is "fairytale", a directory in Hugging Face layout, or a hub name; `push`: servers may pass activations
+        on among themselves. Raises CheckpointError, and PetaliteError when no server of these very weights is found.
         """
         if wire not in ("auto", "f32", "f16", "bf16", "int8"):
             raise ValueError(f"wire must be auto, f32, f16, bf16 or int8, not {wire!r}")
@@ -89,7 +95,7 @@ class Swarm:
         config = parts.config
         self.node.directory.watch(parts.manifest.model_id, config.n_layer, config.hidden_size)
         await self._find_servers(parts)
-        return RemoteModel(self.node, parts, wire=wire, notice=notice)
+        return RemoteModel(self.node, parts, wire=wire, notice=notice, push=push)
 
     async def _find_servers(self, parts: LocalParts) -> None:
         """Wait until every block has a server; raises PetaliteError that says what is missing and why."""
