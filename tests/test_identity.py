@@ -254,6 +254,7 @@ def test_a_missing_file_and_a_missing_directory(tmp_path: Path) -> None:
 
 def test_swarm_key_derivation_is_rfc_5869() -> None:
     """PT-IDN-021 to PT-IDN-023."""
+
     def hkdf(info: bytes, length: int) -> bytes:  # a single block is enough below 32 bytes
         extracted = hmac.digest(bytes(32), bytes([7]) * 32, "sha256")
         return hmac.digest(extracted, info + b"\x01", "sha256")[:length]

@@ -190,9 +190,7 @@ class Core:
             ),
         )  # fmt: skip
 
-    def publish(
-        self, now: float, key: bytes, val: dict[str, Any], expiry: float = ANNOUNCEMENT_EXPIRY_SECONDS
-    ) -> int:
+    def publish(self, now: float, key: bytes, val: dict[str, Any], expiry: float = ANNOUNCEMENT_EXPIRY_SECONDS) -> int:
         """Store what we say under `key`, and again each third of `expiry` until `withdraw`; each ends with
         WriteResult.
 

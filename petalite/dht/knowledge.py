@@ -81,8 +81,7 @@ class Knowledge:
         """
         cost = 1.0 + len(request.records) if isinstance(request, Store) else 1.0
         if wait := self._rates.take(peer.id, now, cost):
-            raise RequestError(ErrorCode.RATE, "too many DHT requests", {"retry": True, "after": int(wait * 1000) +
-            1})
+            raise RequestError(ErrorCode.RATE, "too many DHT requests", {"retry": True, "after": int(wait * 1000) + 1})
 
     def introduced(self, now: float, peer: Peer, request: Request) -> Contact | None:
         """The contact of a peer that asks, if it can be dialled and is wanted: its id is proven by the connection."""

@@ -135,5 +135,3 @@ def newer(one: Record, other: Record) -> Record:
     The latter never comes from an honest publisher; the rule only makes every reader choose alike.
     """
     return max(one, other, key=lambda record: (record.seq, record.raw))
-
-

@@ -100,8 +100,8 @@ def main(arguments: list[str] | None = None) -> int:
     reports = run(chosen, options.seed)
     if options.json:
         made = [
-            {"name": r.name, "passed": r.passed, "figures": r.figures, "trace": r.trace, "seconds": round(r.seconds,
-            1)} for r in reports
+            {"name": r.name, "passed": r.passed, "figures": r.figures, "trace": r.trace, "seconds": round(r.seconds, 1)}
+            for r in reports
         ]
         print(json.dumps({"seed": options.seed, "scenarios": made}))
     else:

@@ -95,9 +95,7 @@ class Network:
         place = f"{host}:{PORT}"
         contact = Contact(bytes(peer_id_of(public_key)), (place,))
         own = dht.Self(contact.id, public_key, lambda message: sign_with(public_key, message))
-        core = dht.Core(
-            self._config, own, random.Random(self.rng.getrandbits(64)), addrs=(place,), verify=verify
-        )
+        core = dht.Core(self._config, own, random.Random(self.rng.getrandbits(64)), addrs=(place,), verify=verify)
         core.wall_offset_ms = EPOCH_MS
         node = Node(len(self.nodes), core, host, contact, public_key)
         self.nodes.append(node)
