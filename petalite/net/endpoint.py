@@ -16,6 +16,7 @@ from petalite import limits
 from petalite.errors import GoAwayCode, HandshakeError, PeerUnreachable
 from petalite.identity import Address, Identity, PeerId, SwarmKey
 from petalite.net.connection import Handler, PeerConnection
+from petalite.net.nursery import open_flat_nursery
 from petalite.net.tcp import Carrier, Tcp
 from petalite.net.transport import Transport
 from petalite.wire.handshake import Established, Handshake, Role
@@ -283,8 +284,11 @@ class Endpoint:
 
 @asynccontextmanager
 async def open_endpoint(identity: Identity, **options: Any) -> AsyncIterator[Endpoint]:
-    """An endpoint that lives as long as the block; options as for `Endpoint`. Says goodbye at the end."""
-    async with trio.open_nursery() as nursery:
+    """An endpoint that lives as long as the block; options as for `Endpoint`. Says goodbye at the end.
+
+    An error in the block leaves it as itself, not wrapped in a group.
+    """
+    async with open_flat_nursery() as nursery:
         endpoint = Endpoint(nursery, identity, **options)
         try:
             yield endpoint

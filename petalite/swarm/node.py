@@ -19,6 +19,7 @@ from petalite.lan.discovery import Hint, Lan
 from petalite.limits import GOODBYE_SECONDS
 from petalite.net.connection import PeerConnection
 from petalite.net.endpoint import Endpoint, open_endpoint
+from petalite.net.nursery import open_flat_nursery
 from petalite.swarm.directory import Directory, Source, given, place_of
 from petalite.swarm.reach import reach_handler
 from petalite.swarm.routing import Bans, Needs, NoRoute, Route, plan_inference
@@ -192,6 +193,6 @@ def is_global(host: str) -> bool:
 @asynccontextmanager
 async def open_node(identity: Identity, *, peers: Sequence[Address] = (), **options: Any) -> AsyncIterator[Node]:
     """A node that lives as long as the block; `options` as for `Endpoint`. It finds nobody before `start`."""
-    async with open_endpoint(identity, **options) as endpoint, trio.open_nursery() as nursery:
+    async with open_endpoint(identity, **options) as endpoint, open_flat_nursery() as nursery:
         yield Node(endpoint, nursery, peers)
         nursery.cancel_scope.cancel()

@@ -17,6 +17,7 @@ from petalite.bloom.config import BloomConfig
 from petalite.bloom.loading import load_span
 from petalite.bloom.manifest import load_or_make
 from petalite.client.api import RemoteModel
+from petalite.errors import PetaliteError
 from petalite.identity import Address, Identity
 from petalite.models import find_model
 from petalite.server.executor import run_inline
@@ -248,3 +249,9 @@ async def test_servers_push_to_each_other_when_they_know_where(clock: MockClock,
             text = await model.generate_text("Once upon a time", max_new_tokens=24)
             assert text == text_of(model, told_alone)
         assert len(pushed) >= 20
+
+
+async def test_error_in_a_joined_block_leaves_as_itself(clock: MockClock) -> None:
+    with pytest.raises(PetaliteError, match="no peer is known"):
+        async with petalite.join(lan=False, carrier=MemoryNet().host("10.9.9.9")) as joined:
+            await joined.load("fairytale")
