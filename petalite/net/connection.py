@@ -34,6 +34,7 @@ log = logging.getLogger("petalite.net")
 
 _NOTHING = memoryview(b"")
 _AHEAD_SECONDS = 0.0007  # how much of what a path takes is encrypted at a time: nothing urgent can overtake it
+_RATE_DECAY = 0.9
 _LEARN_SECONDS = 0.01  # of writing without pause, after which the rate of a path counts as known
 OnProgress = Callable[[Mapping[str, Any]], None]
 
@@ -88,6 +89,7 @@ class PeerConnection:
         self._batch = limits.WRITE_AHEAD // 4  # until the path is known
         self._busy_bytes = 0
         self._busy_seconds = 0.0
+        self._rate = 0.0
         self._writer_waits = False
         self._wake = trio.Event()
         self._drained = trio.Event()
@@ -317,7 +319,9 @@ class PeerConnection:
         await self._patiently(self._transport.ready)
         self._busy_seconds += trio.current_time() - started
         if self._busy_seconds >= _LEARN_SECONDS:
-            ahead = int(self._busy_bytes / self._busy_seconds * _AHEAD_SECONDS)
+            # The best of late: on a busy machine we wait for a processor as often as for the path.
+            self._rate = max(self._busy_bytes / self._busy_seconds, self._rate * _RATE_DECAY)
+            ahead = int(self._rate * _AHEAD_SECONDS)
             self._batch = min(max(ahead, limits.WRITE_AHEAD_SLOW), limits.WRITE_AHEAD)
             self._busy_bytes, self._busy_seconds = 0, 0.0
 
