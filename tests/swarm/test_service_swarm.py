@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -77,8 +78,9 @@ class Server:
 class Swarm:
     """Servers on hosts 10.0.0.N of one memory network."""
 
-    def __init__(self, nursery: trio.Nursery) -> None:
+    def __init__(self, nursery: trio.Nursery, subnet: str = "10.0") -> None:
         self.net = MemoryNet()
+        self.subnet = subnet
         self.servers: list[Server] = []
         self._nursery = nursery
 
@@ -97,7 +99,7 @@ class Swarm:
         self, wanted: ServiceOptions, peers: Sequence[Address], task_status: trio.TaskStatus[Server]
     ) -> None:
         number = len(self.servers) + 1 + random.randrange(1, 200)
-        host = f"10.0.{number}.{len(self.servers) + 1}"
+        host = f"{self.subnet}.{number}.{len(self.servers) + 1}"
         with trio.CancelScope() as scope:
             async with (
                 open_node(Identity.generate(), peers=peers, carrier=self.net.host(host)) as node,
@@ -118,9 +120,9 @@ class Swarm:
 
 
 @asynccontextmanager
-async def open_swarm() -> AsyncIterator[Swarm]:
+async def open_swarm(subnet: str = "10.0") -> AsyncIterator[Swarm]:
     async with trio.open_nursery() as nursery:
-        yield Swarm(nursery)
+        yield Swarm(nursery, subnet)
         nursery.cancel_scope.cancel()
 
 
@@ -210,6 +212,30 @@ async def test_dead_server_leaves_a_running_clients_directory_within_five_second
                 directory.touch()
                 await trio.sleep(0.1)
             assert trio.current_time() - started <= 5
+
+
+# On one's own networks servers are asked every two seconds; far ones through the DHT alone.
+@pytest.mark.parametrize(("subnet", "seconds"), [("10.0", 5), ("45.7", 30)])
+async def test_running_client_sees_servers_appear_move_and_die(clock: MockClock, subnet: str, seconds: float) -> None:
+    async with open_swarm(subnet) as swarm:
+        root = await swarm.serve(blocks=(0, 8))
+        async with swarm.client(root.address) as model:
+            other = await swarm.serve(blocks=(4, 8), peers=[root.address])
+            peer = other.node.endpoint.peer_id
+
+            async def until(wanted: tuple[int, int] | None) -> float:
+                started = trio.current_time()
+                while {s.peer: (s.blocks.start, s.blocks.end) for s in seen(model)}.get(peer) != wanted:
+                    model.node.directory.touch()
+                    await trio.sleep(0.1)
+                return trio.current_time() - started
+
+            assert await until((4, 8)) <= 30  # through the DHT; a LAN tells at once
+            moved = dataclasses.replace(other.service.describe(), blocks=(3, 8))  # type: ignore[type-var]
+            other.service.describe = lambda: moved  # type: ignore[method-assign]
+            assert await until((3, 8)) <= seconds
+            other.kill()
+            assert await until(None) <= seconds
 
 
 def seen(model: RemoteModel) -> Sequence[object]:
