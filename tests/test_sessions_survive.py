@@ -16,7 +16,7 @@ import trio.testing
 from transformers import BloomForCausalLM
 
 from petalite.client.session import InferenceSession, SessionError
-from petalite.errors import LocalProtocolError, RequestError
+from petalite.errors import ErrorCode, LocalProtocolError, RequestError
 from petalite.models import FAIRYTALE, find_model
 from petalite.net.call import Call, Handler, Reply
 from tools.simulate_sessions import faults
@@ -264,6 +264,122 @@ def test_a_server_much_slower_than_another_is_left() -> None:
             assert tuple(told) == undisturbed()
             assert any("too slow" in notice for notice in world.notices)
             assert trio.current_time() < 10
+
+    play(scene)
+
+
+# Leaving servers
+
+
+def test_a_leaving_server_is_used_on_while_nobody_can_take_over() -> None:
+    async def scene() -> None:
+        script = Script((1, "step", "drain"))
+        async with open_world(load_parts(), SPANS, tap=script, push=False) as world:
+            script.world, script.armed = world, True
+            async with world.client(push=False) as model:
+                assert tuple(await tell(model, model.encode(PROMPT), TOKENS)) == undisturbed()
+            assert world.notices == []
+
+    play(scene)
+
+
+def test_the_old_server_is_told_to_forget_once_the_new_one_has_caught_up() -> None:
+    async def scene() -> None:
+        script = Script((1, "step", "drain"))
+        held: list[int] = []
+
+        def before(token: int, session: InferenceSession) -> None:
+            script.armed = token >= 3
+            pool = world.places[1].server.pool
+            held.append(pool.capacity - pool.free)
+
+        async with open_world(load_parts(), SPANS, SPARES, tap=script, push=False) as world:
+            script.world = world
+            async with world.client(push=False) as model:
+                assert tuple(await tell(model, model.encode(PROMPT), TOKENS, before=before)) == undisturbed()
+            assert "is leaving" in world.notices[0]
+            assert held[4] > 0
+            assert held[6:] == [0] * (TOKENS - 6)
+
+    play(scene)
+
+
+# Push
+
+
+class Count:
+    """A tap that counts requests and can refuse to be pushed to."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, str]] = []
+        self.refusing = False
+
+    async def __call__(self, place: Place, call: Call, handler: Handler) -> Reply:
+        self.seen.append((place.host.name, call.method))
+        if self.refusing and call.method == "push":
+            raise RequestError(ErrorCode.FORBIDDEN, "not from you")
+        return await handler(call)
+
+    def steps(self) -> list[int]:
+        """Steps that the client sent to each hop."""
+        return [self.seen.count((f"10.0.{hop}.1", "step")) for hop in range(len(SPANS))]
+
+
+def test_a_token_is_sent_to_the_first_hop_alone_and_pushed_from_there() -> None:
+    async def scene() -> None:
+        count = Count()
+        async with open_world(load_parts(), SPANS, tap=count) as world, world.client() as model:
+            assert tuple(await tell(model, model.encode(PROMPT), TOKENS)) == undisturbed()
+        assert count.steps() == [TOKENS, 0, 0]
+        assert count.seen.count(("10.0.2.1", "push")) == TOKENS
+
+    play(scene)
+
+
+def test_without_push_nothing_is_pushed() -> None:
+    async def scene() -> None:
+        count = Count()
+        async with open_world(load_parts(), SPANS, tap=count) as world, world.client(push=False) as model:
+            assert tuple(await tell(model, model.encode(PROMPT), TOKENS)) == undisturbed()
+        assert count.steps() == [TOKENS] * 3
+
+    play(scene)
+
+
+def test_pushes_that_do_not_arrive_are_replaced_by_the_client_and_tried_again_later() -> None:
+    async def scene() -> None:
+        count = Count()
+        count.refusing = True
+        async with open_world(load_parts(), SPANS, tap=count) as world, world.client() as model:
+            prompt = model.encode(PROMPT)
+            async with model.session(max_len=60) as session:
+                output = [await session.step(await model.embed([prompt]))]
+                assert trio.current_time() < 6
+                output += [await session.step(await model.embed([[token]])) for token in undisturbed()[:5]]
+                assert count.seen.count(("10.0.1.1", "push")) == 1
+                count.refusing = False
+                await trio.sleep(10)
+                output += [await session.step(await model.embed([[token]])) for token in undisturbed()[5:]]
+                assert count.seen.count(("10.0.2.1", "push")) >= TOKENS - 6
+                assert session.failovers == session.replayed_tokens == 0
+            expected = await outputs(world, [*prompt, *undisturbed()])
+            assert torch.allclose(torch.cat(output, dim=1), expected, atol=1e-4)
+
+    play(scene)
+
+
+def test_after_a_failover_the_hops_that_can_still_push() -> None:
+    async def scene() -> None:
+        count = Count()
+
+        def before(token: int, session: InferenceSession) -> None:
+            if token == 5:
+                world.places[2].host.die()
+                count.seen.clear()
+
+        async with open_world(load_parts(), SPANS, SPARES, tap=count) as world, world.client() as model:
+            assert tuple(await tell(model, model.encode(PROMPT), TOKENS, before=before)) == undisturbed()
+        assert count.seen.count(("10.0.1.1", "push")) >= TOKENS - 6
 
     play(scene)
 

@@ -370,7 +370,8 @@ class InferenceSession:
         async with open_flat_nursery() as nursery:
             for i in range(len(parts)):
                 nursery.start_soon(self._push_part, parts, i)
-        self._trust.pushed(all(part.done for part in parts), trio.current_time())
+        if not any(part.send.hop.state is HopState.GONE for part in parts):  # a lost server says nothing about pushing
+            self._trust.pushed(all(part.done for part in parts), trio.current_time())
 
     async def _push_part(self, parts: Sequence[Part], i: int) -> None:
         part, hop = parts[i], parts[i].send.hop

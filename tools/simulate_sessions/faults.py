@@ -107,6 +107,13 @@ async def infinity(place: Place, call: Call, handler: Handler) -> Reply:
     return Reply(reply.head, (b"\xff" * sum(map(len, reply.body)),))
 
 
+async def redirect(place: Place, call: Call, handler: Handler) -> Reply:
+    """An answer that would have the client go elsewhere."""
+    reply = await handler(call)
+    elsewhere = [{"peer": bytes(32), "sid": bytes(16), "addr": "10.6.6.6:666"}]
+    return Reply({**reply.head, "next": elsewhere, "redirect": "10.6.6.6:666"}, reply.body)
+
+
 async def drain(place: Place, call: Call, handler: Handler) -> Reply:
     """The server is about to leave."""
     reply = await handler(call)
@@ -132,6 +139,7 @@ FAULTS = {
     "position": (position, ANSWERED),
     "number": (number, ANSWERED),
     "infinity": (infinity, ANSWERED),
+    "redirect": (redirect, ANSWERED),
     "drain": (drain, ANSWERED),
 }
 
