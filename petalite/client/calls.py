@@ -127,6 +127,11 @@ class Calls:
         reply = await self._request(send.hop, "await", message.to_wire(), max_reply=encoded_size(descriptor))
         return _check_step(send, descriptor, reply)
 
+    def connected(self, hop: Hop) -> bool:
+        """Whether a request to the server needs no dialling."""
+        connection = self._node.endpoint.connections.get(hop.peer)
+        return connection is not None and not connection.leaving
+
     async def close(self, hop: Hop) -> None:
         """Tell the server that it may forget, if there is a connection; silent about one that is gone."""
         connection = self._node.endpoint.connections.get(hop.peer)

@@ -136,7 +136,7 @@ class InferenceSession:
         pipeline.feed(values)
         try:
             while not pipeline.complete:
-                await self._advance(pipeline.ready(push=self._trust.holds(trio.current_time())))
+                await self._advance(pipeline.ready(push=self._may_push()))
                 if progress is not None:
                     progress(pipeline.done_tokens)
         except BaseException:
@@ -359,6 +359,10 @@ class InferenceSession:
                 self._lost.append(f"peer {hop} is leaving")
 
     # Pushing
+
+    def _may_push(self) -> bool:
+        """Not in the step that wakes a parked session: everybody would have to dial everybody one after the other."""
+        return self._trust.holds(trio.current_time()) and all(map(self._calls.connected, self._pipeline.hops))
 
     async def _push(self, action: Push) -> None:
         """One step through a row of hops: asked of the first, awaited at the others.
