@@ -25,6 +25,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
+
+from petalite.identity import SwarmKey  # noqa: E402 - only after the path
+
 MODEL = ROOT / "petalite" / "fairytale"
 CLIENT = ROOT / "tools" / "clients" / "js"
 SPANS = ("0:3", "3:8")
@@ -130,8 +134,6 @@ def compare(prompts: Sequence[Sequence[int]], count: int, wires: Sequence[str], 
     with tempfile.TemporaryDirectory() as directory:
         key = Path(directory) / "swarm.key" if private else None
         if key is not None:
-            from petalite.identity import SwarmKey
-
             SwarmKey.generate().save(key)
         with servers(swarm_key=key) as addresses:
             return {
