@@ -71,7 +71,7 @@ async def one_round(
 async def main(times: int, seed: int) -> int:
     random.seed(seed)
     passed = failed = 0
-    pauses: dict[int, list[float]] = {signal.SIGKILL: [], signal.SIGSTOP: []}
+    pauses: dict[signal.Signals, list[float]] = {signal.SIGKILL: [], signal.SIGSTOP: []}
     async with AsyncExitStack() as stack:
         servers = await stack.enter_async_context(running_servers(FAIRYTALE, SPANS * 2))
         peers = [server.address for server in servers]
@@ -98,7 +98,7 @@ async def main(times: int, seed: int) -> int:
         if found:
             median, most = statistics.median(found), max(found)
             print(
-                f"{signal.Signals(number).name}: {len(found)} times, pause {median:.2f} s median, {most:.2f} s at most"
+                f"{number.name}: {len(found)} times, pause {median:.2f} s median, {most:.2f} s at most"
             )
     print(f"{passed} passed, {failed} failed")
     return 1 if failed else 0
