@@ -97,9 +97,7 @@ async def main(times: int, seed: int) -> int:
     for number, found in pauses.items():
         if found:
             median, most = statistics.median(found), max(found)
-            print(
-                f"{number.name}: {len(found)} times, pause {median:.2f} s median, {most:.2f} s at most"
-            )
+            print(f"{number.name}: {len(found)} times, pause {median:.2f} s median, {most:.2f} s at most")
     print(f"{passed} passed, {failed} failed")
     return 1 if failed else 0
 
