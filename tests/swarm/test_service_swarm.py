@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -35,6 +35,17 @@ MANIFEST = load_or_make(DIRECTORY)
 @pytest.fixture
 def clock() -> MockClock:
     return MockClock(autojump_threshold=0)
+
+
+@pytest.fixture(autouse=True)
+def no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a worker thread works, the mock clock would run away: deadlines would pass that nobody waited for."""
+
+    async def run_here(function: Callable[..., object], *arguments: object, **options: object) -> object:
+        await trio.lowlevel.checkpoint()
+        return function(*arguments)
+
+    monkeypatch.setattr(trio.to_thread, "run_sync", run_here)
 
 
 def options(blocks: tuple[int, int] | None, capacity: int, **changes: object) -> ServiceOptions:
