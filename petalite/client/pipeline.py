@@ -101,6 +101,7 @@ class Pipeline:
         self._new_sid = new_sid
         self._histories: dict[int, History] = {0: History()}
         self._output = _Output()
+        self._under_way: dict[Hop, Send] = {}
 
     # What the caller of the session does
 
@@ -132,8 +133,18 @@ class Pipeline:
         self._output = _Output(self.position)
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
+    def abandon(self) -> None:
+        """End a step that was begun and not completed: the session stays at its position.
+
+        What was asked and not answered may have been done: an answer to it, coming later, must not pass for one to
+        the step that follows.
+        """
+        for send in list(self._under_way.values()):
+            self.cut_off(send)
+        self.truncate(self.position)
+
     def truncate(self, position: int) -> None:
-        """Forget every token at or behind `position`, also of a step that was begun and not completed."""
+        """Forget every token at or behind `position`."""
         if not 0 <= position <= self.position:
             raise LocalProtocolError(f"cannot roll back to {position}, the session holds {self.position} tokens")
         self.position = self.target = position
@@ -281,10 +292,15 @@ class Pipeline:
         hop.happened(HopEvent.EXTENDED)
         hop.max_len = max_len
 
+    def started(self, action: Send) -> None:
+        """The server is being asked, or will be by the hop before it."""
+        self._under_way[action.hop] = action
+
     def replied(self, action: Send, output: Tensor) -> None:
         """`output` (B, T, C) of the hop's last block for the tokens that were sent."""
         hop = action.hop
         hop.happened(HopEvent.REPLIED)
+        self._under_way.pop(hop, None)
         hop.n = action.n + 1
         hop.position = action.end
         hop.reorder = None
@@ -298,7 +314,8 @@ class Pipeline:
             self._output.end = action.end
 
     def cut_off(self, action: Send) -> None:
-        """The reply to `action` was not awaited; the server may have done it or not."""
+        """The reply to `action` is not awaited any more; the server may have done it or not."""
+        self._under_way.pop(action.hop, None)
         if action.hop.state is not HopState.OPEN:
             return
         if action.reorder is not None:
@@ -318,6 +335,7 @@ class Pipeline:
     def forgotten(self, hop: Hop) -> None:
         """The server lives but has no such session any more: open a new one there and replay."""
         hop.happened(HopEvent.FORGOTTEN)
+        self._under_way.pop(hop, None)
         hop.sid = self._new_sid()
         hop.max_len = max(hop.max_len, self._room_for(self.target))
         hop.n = hop.position = 0
@@ -326,6 +344,7 @@ class Pipeline:
     def lost(self, hop: Hop) -> None:
         """The server is out: its blocks become a gap."""
         hop.happened(HopEvent.LOST)
+        self._under_way.pop(hop, None)
         self.hops.remove(hop)
 
     # Handing over from a server that is leaving

@@ -140,7 +140,7 @@ class InferenceSession:
                 if progress is not None:
                     progress(pipeline.done_tokens)
         except BaseException:
-            pipeline.truncate(pipeline.position)
+            pipeline.abandon()
             raise
         output = pipeline.take_output()
         self._step_done()
@@ -275,12 +275,9 @@ class InferenceSession:
                 scope.cancel()
 
         with scope:
-            try:
-                inputs = self._pipeline.inputs(send)
-                outcome = await self._calls.step(send, inputs, self._pad, following, look)
-            except trio.Cancelled:
-                self._pipeline.cut_off(send)
-                raise
+            inputs = self._pipeline.inputs(send)
+            self._pipeline.started(send)
+            outcome = await self._calls.step(send, inputs, self._pad, following, look)
             self._took(send, outcome)
             self._note_seconds(send, trio.current_time() - started)
             return
@@ -396,11 +393,12 @@ class InferenceSession:
 
     async def _await_pushed(self, before: Part, part: Part) -> None:
         """Take the outcome of a pushed step, but only where that of the hop before was good: it fed this one."""
+        self._pipeline.started(part.send)
         try:
             outcome = await self._calls.await_pushed(part.send)
             await before.settled.wait()
         except trio.Cancelled:
-            if not (part.scope.cancel_called and before.done):  # else just late: we send the very same step
+            if not before.done:  # else it is just late, and we send the very same step
                 self._pipeline.cut_off(part.send)
             raise
         if before.done:
