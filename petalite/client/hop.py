@@ -46,7 +46,11 @@ HOP_TRANSITIONS: dict[HopState, dict[HopEvent, HopState]] = {
 
 @dataclass(slots=True, eq=False)
 class Hop:
-    """One server's part: what it holds for us, as far as we know. `source` is the peer that may push steps to it."""
+    """One server's part: what it holds for us, as far as we know.
+
+    `source` is the peer that may push steps to it. `haunted`: a push of a step that was given up may still be on its
+    way under the number that comes next.
+    """
 
     peer: PeerId
     blocks: Span
@@ -59,6 +63,7 @@ class Hop:
     reorder: tuple[int, ...] | None = None
     busy: bool = False
     draining: bool = False
+    haunted: bool = False
 
     def happened(self, event: HopEvent) -> None:
         """Raises LocalProtocolError for what cannot happen in this state."""

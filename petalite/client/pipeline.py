@@ -247,6 +247,7 @@ class Pipeline:
                 hop.source != before.peer
                 or hop.state is not HopState.OPEN
                 or hop.busy
+                or hop.haunted  # what we send ourselves is told from a late push by its content, an await is not
                 or self._action_of(hop) is not None
                 or (hop.position, hop.reorder) != (send.start, send.reorder)
                 or hop.max_len < send.end
@@ -304,6 +305,7 @@ class Pipeline:
         hop.n = action.n + 1
         hop.position = action.end
         hop.reorder = None
+        hop.haunted = False
         self.replayed_tokens += max(0, min(action.end, self.position) - action.start)
         if hop.blocks.end < self.layers:
             history = self._histories.setdefault(hop.blocks.end, History())
@@ -316,6 +318,7 @@ class Pipeline:
     def cut_off(self, action: Send) -> None:
         """The reply to `action` is not awaited any more; the server may have done it or not."""
         self._under_way.pop(action.hop, None)
+        action.hop.haunted = True
         if action.hop.state is not HopState.OPEN:
             return
         if action.reorder is not None:
@@ -340,6 +343,7 @@ class Pipeline:
         hop.max_len = max(hop.max_len, self._room_for(self.target))
         hop.n = hop.position = 0
         hop.reorder = None
+        hop.haunted = False
 
     def lost(self, hop: Hop) -> None:
         """The server is out: its blocks become a gap."""

@@ -304,6 +304,29 @@ def test_an_answer_to_a_step_that_was_given_up_never_passes_for_one_to_the_next(
     assert isinstance(action, Check)
 
 
+def test_after_a_step_was_given_up_the_next_is_not_pushed_since_an_old_push_may_still_come() -> None:
+    world = World(new_pipeline())
+    world.step(values(0, 5), push=True)
+    world.step(values(1, 1), push=True)
+    pipeline = world.pipeline
+    pipeline.feed(values(2, 1))
+    (action,) = pipeline.ready(push=True)
+    assert isinstance(action, Push)
+    for send in action.sends:
+        pipeline.started(send)
+    pipeline.abandon()
+    kinds: list[str] = []
+    pipeline.feed(values(3, 1))
+    while not pipeline.complete:
+        for action in pipeline.ready(push=True):
+            kinds.append(type(action).__name__)
+            world.perform(action)
+    assert "Push" not in kinds
+    pipeline.take_output()
+    pipeline.feed(values(4, 1))
+    assert isinstance(pipeline.ready(push=True)[0], Push)
+
+
 # Pushing
 
 
