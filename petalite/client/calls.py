@@ -129,13 +129,16 @@ class Calls:
 
     def connected(self, hop: Hop) -> bool:
         """Whether a request to the server needs no dialling."""
+        return self._connection(hop) is not None
+
+    def _connection(self, hop: Hop) -> PeerConnection | None:
         connection = self._node.endpoint.connections.get(hop.peer)
-        return connection is not None and not connection.leaving
+        return None if connection is None or connection.leaving else connection
 
     async def close(self, hop: Hop) -> None:
         """Tell the server that it may forget, if there is a connection; silent about one that is gone."""
-        connection = self._node.endpoint.connections.get(hop.peer)
-        if connection is None or connection.leaving:
+        connection = self._connection(hop)
+        if connection is None:
             return
         try:
             await connection.request("close", messages.Close(sid=hop.sid).to_wire())
@@ -148,7 +151,7 @@ class Calls:
         self, hop: Hop, method: str, head: Mapping[str, Any], body: Sequence[memoryview] = (), **options: Any
     ) -> Reply:
         """Ask; if the connection breaks, ask once more over a new one: every request here is safe to repeat."""
-        connection = await self._connect(hop)
+        connection = self._connection(hop) or await self._connect(hop)
         started = trio.current_time()
         try:
             return await connection.request(method, head, body, **options)

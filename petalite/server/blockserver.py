@@ -27,7 +27,7 @@ class BlockServer:
     """Answers `methods` while `run` is running.
 
     `cache_tokens` is the room for all sessions together: the sum over sessions of rows x longest length. `runner`
-    runs the model off the event loop (`run_inline` under a mock clock).
+    runs the model off the event loop (`run_inline` under a mock clock), `here` what is brief in it.
     """
 
     CODECS: ClassVar = CODECS
@@ -43,12 +43,13 @@ class BlockServer:
         quantize: str | None = None,
         idle_seconds: float = limits.SESSION_IDLE_SECONDS,
         runner: ThreadRunner = run_in_thread,
+        here: Callable[[Callable[[], None]], None] | None = None,
     ) -> None:
         self.span = span
         self.manifest = manifest
         self.name = name
         self.state = "online"
-        self.executor = Executor(runner)
+        self.executor = Executor(runner, here)
         self.pool = CachePool(span.config, span.end - span.start, cache_tokens, dtype=span.dtype, device=span.device)
         self.table = SessionTable(
             self.pool, (span.start, span.end), self._subspan, manifest.model_id, idle_seconds=idle_seconds

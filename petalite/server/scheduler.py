@@ -94,7 +94,8 @@ class Scheduler:
         self._load: Counter[Hashable] = Counter()
         self._block_token_seconds = 1e-4
         self._short_at = float("-inf")
-        self._short_seconds = 0.0
+        self.short_seconds = 0.0
+        """What a batch of short steps takes, on a running average; 0 before the first."""
 
     def __len__(self) -> int:
         """Jobs that wait."""
@@ -189,7 +190,7 @@ class Scheduler:
 
     def _piece_tokens(self, job: Job, now: float) -> int:
         crowded = now - self._short_at < RECENT_SECONDS
-        seconds = max(BLOCK_SECONDS, self._short_seconds / 2) if crowded else LONE_BLOCK_SECONDS
+        seconds = max(BLOCK_SECONDS, self.short_seconds / 2) if crowded else LONE_BLOCK_SECONDS
         return max(max(SMALLEST_PIECE, int(seconds / self._block_token_seconds)) // job.batch, 1)
 
     def finished(self, batch: Batch, seconds: float) -> None:
@@ -197,7 +198,7 @@ class Scheduler:
         ones, at the end of one it is the first of its peer, and the peer the last.
         """
         if not batch.long:
-            self._short_seconds += 0.2 * (seconds - self._short_seconds)
+            self.short_seconds += (0.2 if self.short_seconds else 1.0) * (seconds - self.short_seconds)
             self._owed -= max(LEAST_SECONDS, seconds)
         else:
             self._measure(batch, seconds)

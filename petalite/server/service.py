@@ -294,6 +294,7 @@ class Service:
             return loaded, *best_threads(loaded, options.threads)
 
         blocks, threads, self._rates = await self._blocking(read)
+        counted = CountedThreads(threads)
         server = BlockServer(
             blocks,
             options.manifest,
@@ -301,7 +302,8 @@ class Service:
             cache_tokens=options.cache_tokens(span.size),
             quantize=options.quantize,
             idle_seconds=options.idle_seconds,
-            runner=self._runner or CountedThreads(threads),
+            runner=self._runner or counted,
+            here=None if self._runner else counted.here,
         )
         if options.device.type == "cuda":
             reason = await self._blocking(lambda: server.accelerate(partial(self._progress, "warming up")))

@@ -13,9 +13,10 @@ from petalite.bloom.span import Span
 from petalite.errors import ErrorCode, LocalProtocolError, RequestError
 from petalite.identity import PeerId
 from petalite.server.state import IN_PROGRESS, SESSION_REFUSALS, SESSION_TRANSITIONS, SessionEvent, SessionState
-from petalite.wire import packing
 from petalite.wire.messages import Open, Step
 from petalite.wire.tensors import Descriptor
+
+StepDigest = tuple[object, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,7 @@ class Running:
     progress: list[Callable[[str], None]] = field(default_factory=list)
     begun: bool = False
     abandoned: bool = False
-    digest: bytes = b""
+    digest: StepDigest = ()
     outcome: Answer | RequestError | None = None
 
     def matches(self, step: Step, body: bytearray) -> bool:
@@ -82,7 +83,7 @@ class Session:
     opened_at: float
     used_at: float
     n: int = 0
-    last_digest: bytes = b""
+    last_digest: StepDigest = ()
     last_answer: Answer | None = None
     running: Running | None = None
     early: object | None = None
@@ -159,10 +160,6 @@ def _content(step: Step) -> tuple[object, ...]:
     return (step.sid, step.n, step.pos, step.hypo, step.pad, step.tensors)
 
 
-def step_digest(step: Step, body: bytearray) -> bytes:
-    """SHA-256 over a step's content: every field but the route, and the body."""
-    fields: dict[str, Any] = step.to_wire()
-    fields.pop("next", None)
-    sha = hashlib.sha256(packing.encode(fields))
-    sha.update(body)
-    return sha.digest()
+def step_digest(step: Step, body: bytearray) -> StepDigest:
+    """What tells a step from any other: every field but the route, and the SHA-256 of the body."""
+    return (*_content(step), hashlib.sha256(body).digest())

@@ -6,8 +6,7 @@ dropped when nobody does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 import trio
@@ -74,7 +73,7 @@ class Steps:
         session = self._table.find(call.peer, message.sid, trio.current_time())
         call.progress("queued")
         entry = None
-        with _watching(session, message.n) as changes:
+        with _Changes(session, message.n) as changes:
             while entry is None:
                 if changes.watcher.error is not None:
                     raise _copied(changes.watcher.error)
@@ -96,7 +95,7 @@ class Steps:
             entry = self._admit(session, step, call, push)
             if entry is None:
                 call.progress("queued")
-                with _watching(session) as changes:
+                with _Changes(session) as changes:
                     while entry is None:
                         await changes.wait()
                         entry = self._admit(session, step, call, push)
@@ -121,7 +120,7 @@ class Steps:
         running.progress.append(call.progress)
         call.progress("running" if running.begun else "queued")
         try:
-            with _watching(session) as changes:
+            with _Changes(session) as changes:
                 while running.outcome is None:
                     await changes.wait()
         finally:
@@ -222,22 +221,22 @@ def _as_pushed(error: RequestError) -> RequestError:
 
 
 class _Changes:
-    """Waits for the next thing that happens to a session; what happens between two waits is not missed."""
+    """Within its `with` block: waits for the next thing that happens to a session; what happens between two waits is
+    not missed. `n`: the step that is awaited, if one is.
+    """
 
-    def __init__(self, n: int | None) -> None:
+    def __init__(self, session: Session, n: int | None = None) -> None:
+        self._session = session
         self._event = trio.Event()
         self.watcher = Watcher(lambda: self._event.set(), n)
+
+    def __enter__(self) -> _Changes:
+        self._session.watchers.append(self.watcher)
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._session.watchers.remove(self.watcher)
 
     async def wait(self) -> None:
         await self._event.wait()
         self._event = trio.Event()
-
-
-@contextmanager
-def _watching(session: Session, n: int | None = None) -> Iterator[_Changes]:
-    changes = _Changes(n)
-    session.watchers.append(changes.watcher)
-    try:
-        yield changes
-    finally:
-        session.watchers.remove(changes.watcher)

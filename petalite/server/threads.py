@@ -40,9 +40,10 @@ class CountedThreads:
 
     async def __call__(self, function: Callable[[], None], /) -> None:
         """A cancelled wait leaves the thread to run out: a matrix product cannot be stopped."""
-        await trio.to_thread.run_sync(functools.partial(self._run, function), abandon_on_cancel=True)
+        await trio.to_thread.run_sync(functools.partial(self.here, function), abandon_on_cancel=True)
 
-    def _run(self, function: Callable[[], None]) -> None:
+    def here(self, function: Callable[[], None]) -> None:
+        """Run `function` in this thread."""
         if torch.get_num_threads() != self.count:
             torch.set_num_threads(self.count)
         function()

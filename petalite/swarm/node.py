@@ -162,6 +162,7 @@ class Node:
 
     def succeeded(self, peer: PeerId) -> None:
         """`peer` did what was asked."""
+        self.directory.touch()
         if peer in self.bans.entries:
             self.bans = self.bans.succeeded(peer)
 

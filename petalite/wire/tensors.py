@@ -6,7 +6,9 @@ tensors, byte for byte; this module is what a peer without torch needs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import dataclasses
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -47,6 +49,7 @@ BAD_SCALE_BITS: Final = {name: int(np.float32(top).view(np.uint32)) for name, to
 _NAME: Final = Str(1, MAX_TENSOR_NAME)
 _WORD: Final = Str(1, MAX_TENSOR_NAME)
 _LIST: Final = ListOf(Map(), 0, MAX_TENSORS)
+_INTEGERS: Final = frozenset({int})
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,8 @@ class Descriptor:
     dtype: str
     shape: tuple[int, ...]
     codec: str = RAW
+    nbytes: int = dataclasses.field(init=False, compare=False, repr=False)
+    """Bytes that the tensor takes in a body."""
 
     def __post_init__(self) -> None:
         _NAME.check("n", self.name)
@@ -77,14 +82,19 @@ class Descriptor:
                 raise FieldError(f"tensor {self.name!r}: a dimension must be an integer")
             if length < 1:
                 raise FieldError(f"tensor {self.name!r}: dimension {length}, must be at least 1", ErrorCode.TENSOR)
-        encoded_size(self)
+        object.__setattr__(self, "nbytes", _size_in_body(self))
 
     def to_wire(self) -> dict[str, Any]:
         return {"n": self.name, "d": self.dtype, "s": self.shape, "c": self.codec}
 
 
 def encoded_size(descriptor: Descriptor) -> int:
-    """Bytes that the tensor takes in a body; FieldError(TENSOR) once it is sure to exceed the largest (PT-TEN-007)."""
+    """Bytes that the tensor takes in a body."""
+    return descriptor.nbytes
+
+
+def _size_in_body(descriptor: Descriptor) -> int:
+    """FieldError(TENSOR) once it is sure to exceed the largest body (PT-TEN-007)."""
     item = 1 if descriptor.codec == INT8 else DTYPES[descriptor.dtype].itemsize
     size = item
     for length in descriptor.shape:
@@ -113,23 +123,30 @@ def parse_descriptors(raw: Any, *, names: Sequence[str] | None = None) -> tuple[
     Raises RequestError: BAD_REQUEST for a wrong type, a name given twice or unknown; UNSUPPORTED for an unknown dtype,
     codec or critical key; TENSOR for shapes and sizes that cannot be.
     """
-    made = []
-    for fields in field({"t": raw}, "t", _LIST):
-        refuse_critical(fields)
-        name, dtype = field(fields, "n", _NAME), field(fields, "d", _WORD)
-        codec, shape = field(fields, "c", _WORD), fields.get("s")
-        if type(shape) is not list:
-            raise RequestError(ErrorCode.BAD_REQUEST, f"tensor {name!r}: field 's' must be an array of integers")
-        try:
-            made.append(Descriptor(name, dtype, tuple(shape), codec))
-        except FieldError as error:
-            raise RequestError(error.code, str(error)) from None
     try:
+        made = [_parse(fields) for fields in field({"t": raw}, "t", _LIST)]
         check_names(made, names)
         total_size(made)
     except FieldError as error:
         raise RequestError(error.code, str(error)) from None
     return tuple(made)
+
+
+def _parse(fields: Mapping[str, Any]) -> Descriptor:
+    refuse_critical(fields)
+    name, dtype = field(fields, "n", _NAME), field(fields, "d", _WORD)
+    codec, shape = field(fields, "c", _WORD), fields.get("s")
+    if type(shape) is not list:
+        raise RequestError(ErrorCode.BAD_REQUEST, f"tensor {name!r}: field 's' must be an array of integers")
+    if not _INTEGERS.issuperset(map(type, shape)):
+        raise RequestError(ErrorCode.BAD_REQUEST, f"tensor {name!r}: a dimension must be an integer")
+    return _known_descriptor(name, dtype, tuple(shape), codec)
+
+
+@functools.lru_cache(maxsize=64)
+def _known_descriptor(name: str, dtype: str, shape: tuple[int, ...], codec: str) -> Descriptor:
+    """The steps of a session all bring the same few."""
+    return Descriptor(name, dtype, shape, codec)
 
 
 def check_names(descriptors: Sequence[Descriptor], names: Sequence[str] | None = None) -> None:

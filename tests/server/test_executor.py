@@ -10,6 +10,7 @@ import trio
 
 from petalite.bloom.span import Span
 from petalite.errors import ErrorCode, RequestError
+from petalite.server import executor
 from petalite.server.executor import run_in_thread
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -112,3 +113,26 @@ async def test_long_and_short_steps_through_threads(tools, make_server) -> None:
     for seed in range(4):
         tokens = 300 if seed < 2 else 60
         torch.testing.assert_close(outputs[seed], tools.make_span()(tools.hidden(tokens, seed=seed)), **CLOSE)
+
+
+@pytest.mark.parametrize(("brief", "in_the_loop"), [(1e6, 3), (0.0, 0)])
+async def test_steps_known_to_be_brief_spare_the_thread(
+    brief: float, in_the_loop: int, tools, make_server, monkeypatch
+) -> None:
+    """The first of four steps tells how long they take; the rest stay in the loop's thread if that is little."""
+    monkeypatch.setattr(executor, "BRIEF_SECONDS", brief)
+    server = await make_server(runner=run_in_thread, here=lambda function: function())
+    client = tools.Client(server)
+    await client.open()
+    threads, plain = [], Span.step_batch
+
+    def noted(span, hidden, parts):
+        threads.append(threading.get_ident())
+        return plain(span, hidden, parts)
+
+    monkeypatch.setattr(Span, "step_batch", noted)
+    x = tools.hidden(4)
+    output = torch.cat([await client.run(x[:, i : i + 1], i, i) for i in range(4)], 1)
+    torch.testing.assert_close(output, tools.make_span()(x), **CLOSE)
+    assert threads[0] != threading.get_ident()
+    assert threads[1:].count(threading.get_ident()) == in_the_loop
