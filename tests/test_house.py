@@ -41,6 +41,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "client": (*SWARM, *MODEL),
     "cli": ("server", "client", *SWARM, *MODEL),
     "testing": ("server", "client", *SWARM, *MODEL),
+    "transformers": ("client", *SWARM, *MODEL),  # the extra of that name, which alone may import that library
     "strategies": ("dht", "wire", *GROUND),
     "__init__": ("client", *SWARM, *MODEL),  # the library's front door, which opens when it is used
     "__main__": ("cli",),
@@ -59,7 +60,12 @@ IMPURE_LIBRARIES = frozenset(
 )
 BLOOM_LIBRARIES = frozenset({"torch", "safetensors", "triton"})
 BRIDGE_LIBRARIES = frozenset({"torch", "numpy"})
-HEAVY_IN = {"torch": ("bloom", "bridge", "server", "client", "cli", "testing", "__init__")}
+HEAVY_IN = {
+    "torch": ("bloom", "bridge", "server", "client", "cli", "testing", "__init__", "transformers"),
+    "transformers": ("transformers",),
+    "peft": (),  # tests only: we read and write its files ourselves
+    "accelerate": (),
+}
 
 
 def unit_of(name: str) -> str:
@@ -233,6 +239,10 @@ KNOWN = frozenset(
         ("bridge", "from petalite.wire import frames"),
         ("errors", "from petalite import limits"),
         ("client.session", "from petalite import connect"),
+        ("client.session", "from transformers import BloomConfig"),
+        ("client.session", "from petalite.transformers import RemoteBloomModel"),
+        ("transformers", "import peft"),
+        ("transformers", "from petalite.server import handlers"),
         ("brandnew", "import json"),
     ],
 )
@@ -251,6 +261,7 @@ def test_import_rule_refuses(name: str, source: str) -> None:
         ("swarm.node", "import trio\nfrom petalite.dht.node import Node\nfrom petalite.lan import browse"),
         ("client.session", "import torch\nfrom petalite import bridge, limits\nfrom petalite.bloom import blocks"),
         ("bridge", "import torch, numpy\nfrom petalite.wire.tensors import encode\nfrom petalite.errors import E"),
+        ("transformers", "import torch\nfrom transformers import BloomConfig\nfrom petalite.client import session"),
         ("cli", "from petalite import __version__\nfrom petalite.server import handlers"),
     ],
 )

@@ -5,15 +5,20 @@ from __future__ import annotations
 import functools
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
+from types import TracebackType
 from typing import Any
 
 import trio
+from torch import Tensor
 
 from petalite import __version__
+from petalite.bloom.blocks import Embeddings, Head
+from petalite.bloom.config import BloomConfig
 from petalite.client.blocking import Portal, open_portal
-from petalite.client.generation import Generation, TokenRow, check_prompts, generate_rows, stream_pieces
+from petalite.client.generation import Generation, TokenRow, check_prompts, generate_rows, step_in_time, stream_pieces
 from petalite.client.model import LocalParts, Model, load_local_parts
 from petalite.client.sampling import Sampling
+from petalite.client.session import InferenceSession
 from petalite.errors import PetaliteError
 from petalite.identity import Address, Identity
 from petalite.swarm.node import Node, open_node
@@ -170,6 +175,65 @@ class BlockingModel:
     def generate_batch(self, prompts: Sequence[str], **options: Any) -> list[str]:
         """The continuations of several prompts, computed as one batch."""
         return self._portal.call(lambda: self.remote.generate_batch(prompts, **options))
+
+    @property
+    def config(self) -> BloomConfig:
+        return self.remote.config
+
+    @property
+    def embeddings(self) -> Embeddings:
+        """Token ids to the first block's input; its weights are frozen."""
+        return self.remote.parts.embeddings
+
+    @property
+    def head(self) -> Head:
+        """The last block's output to logits; its weights are frozen."""
+        return self.remote.parts.head
+
+    def session(self, *, max_len: int, batch: int = 1, pad: Sequence[int] | None = None) -> BlockingSession:
+        """A KV cache of `batch` rows x `max_len` tokens in the swarm; see `Model.session`."""
+        session = self._portal.call_now(lambda: self.remote.session(max_len=max_len, batch=batch, pad=pad))
+        return BlockingSession(self._portal, session)
+
+
+class BlockingSession:
+    """`InferenceSession` for code without an event loop; leaving it as a context manager closes it."""
+
+    def __init__(self, portal: Portal, session: InferenceSession) -> None:
+        self._portal = portal
+        self.remote = session
+
+    @property
+    def position(self) -> int:
+        """Tokens cached so far."""
+        return self.remote.position
+
+    def step(self, hidden: Tensor) -> Tensor:
+        """Hidden states (B, T, C) behind what is cached -> (B, T, C), survived losses of servers included.
+
+        Raises SessionError when the swarm does not answer in time.
+        """
+        return self._portal.call(lambda: step_in_time(self.remote, hidden))
+
+    def truncate(self, position: int) -> None:
+        """Forget the tokens at and behind `position`."""
+        self._portal.call_now(lambda: self.remote.truncate(position))
+
+    def reorder(self, sources: Sequence[int]) -> None:
+        """Row i becomes what row sources[i] was (beam search)."""
+        self._portal.call_now(lambda: self.remote.reorder(sources))
+
+    def close(self) -> None:
+        """Tell the servers that they may forget."""
+        self._portal.call(self.remote.close)
+
+    def __enter__(self) -> BlockingSession:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
 
 class BlockingSwarm:

@@ -51,6 +51,10 @@ class Portal:
                 ended.wait(INTERRUPT_SECONDS)
             raise
 
+    def call_now(self, function: Callable[[], R]) -> R:
+        """Run a function that does not wait in the loop's thread, between its tasks."""
+        return trio.from_thread.run_sync(function, trio_token=self._token)
+
     def iterate(self, make: Callable[[], AsyncGenerator[R]]) -> Iterator[R]:
         """Go through an async generator; leaving the loop early closes it."""
         generator = make()

@@ -45,10 +45,16 @@ async def prefill(
 
     Raises SessionError after STEP_SECONDS without any progress of the whole.
     """
-    hidden = await model.embed(rows)
+    output = await step_in_time(session, await model.embed(rows), progress)
+    return await model.run(lambda: model.logits_here(output[:, -1]))
+
+
+async def step_in_time(
+    session: InferenceSession, hidden: Tensor, progress: Callable[[int], None] | None = None
+) -> Tensor:
+    """`session.step`; raises SessionError after STEP_SECONDS, or more for a long prefill, without an answer."""
     with trio.move_on_after(STEP_SECONDS * max(1, hidden.shape[1] // limits.PREFILL_TOKENS)):
-        output = await session.step(hidden, progress)
-        return await model.run(lambda: model.logits_here(output[:, -1]))
+        return await session.step(hidden, progress)
     raise _too_slow(session)
 
 
@@ -84,11 +90,8 @@ async def decode_tokens(
         for row, token in zip(seen, tokens, strict=True):
             row.append(token)
         yield tokens
-        with trio.move_on_after(STEP_SECONDS) as scope:
-            output = await session.step(hidden)
-            tokens, hidden = await model.run(functools.partial(judge, output))
-        if scope.cancelled_caught:
-            raise _too_slow(session)
+        output = await step_in_time(session, hidden)
+        tokens, hidden = await model.run(functools.partial(judge, output))
 
 
 class TokenRow:

@@ -280,7 +280,7 @@ def _transformers(config: BloomConfig, prefixes: list[int]) -> dict[str, float]:
                 hidden_size=config.hidden_size, n_head=config.n_head, n_layer=config.n_layer,
                 vocab_size=config.vocab_size,
             )
-        ).eval()  # type: ignore[no-untyped-call]  # fmt: skip
+        ).eval()  # fmt: skip
     found = {}
     with torch.inference_mode():
         for prefix in prefixes:
