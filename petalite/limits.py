@@ -120,6 +120,15 @@ REPLACE_SECONDS = 120.0  # of looking for a server
 MAX_BLOCKS = 4_096  # of one model
 MAX_WORD = 64  # bytes of a name, version or codec in a message
 
+# Training (spec/15)
+MAX_TRAINING_TOKENS = 8_192  # rows x tokens of one request
+MAX_TRAINING_BYTES = 2 * 2**30  # working memory of one request
+PEER_TRAINING_TOKENS = 32_768  # of one peer that wait or run; a single request may have more
+MAX_LORA_RANK = 256
+MAX_ADAPTER_BYTES = 32 * 2**20  # of one request
+MAX_ADAPTERS = 8  # that a server holds and announces
+TRAINING_SECONDS = 120.0  # for one request to one server, however busy it says it is
+
 # DHT (spec/09). Times in seconds.
 DHT_K = 20
 DHT_ALPHA = 3

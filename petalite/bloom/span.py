@@ -141,6 +141,28 @@ class Span(nn.Module):
         padded = pad is not None and any(pad)
         return Window(B, T, S, bias, _mask(T, S, pad if padded else None, device) if T > 1 or padded else None, cache)
 
+    def sequence_window(self, batch: int, tokens: int, mask: Tensor | None, device: torch.device) -> Window:
+        """What `batch` whole sequences look at: no cache, and no token outside of `mask` (batch, tokens; bool).
+
+        Only real tokens count in ALiBi's distances, as in transformers, whose positions are the mask's running sum.
+        """
+        if mask is None:
+            return self._window(batch, tokens, 0, None, None, device)
+        mask = mask.to(device)
+        count = mask.cumsum(1)
+        distance = (count - count[:, -1:]).to(torch.float64)
+        bias = (self._slopes.to(device)[:, None, None] * distance[:, None, None, :]).to(torch.float32)
+        key = torch.arange(tokens, device=device)
+        # As in _mask: a token always sees itself, even one that nobody looks at.
+        hidden = (key > key[:, None]) | (~mask[:, None, :] & (key != key[:, None]))
+        return Window(
+            batch,
+            tokens,
+            tokens,
+            bias.view(-1, 1, tokens),
+            torch.zeros(hidden.shape, device=device).masked_fill_(hidden, float("-inf"))[:, None],
+        )
+
     def _bias(self, S: int, device: torch.device) -> Tensor:
         """(H, 1, S): slope * (j - (S - 1)) for key j. A view: the last S columns of a table, which doubles as it must.
 

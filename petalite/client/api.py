@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
+from functools import cached_property
 from types import TracebackType
 from typing import Any
 
@@ -17,6 +18,7 @@ from petalite.bloom.config import BloomConfig
 from petalite.client.blocking import Portal, open_portal
 from petalite.client.generation import Generation, TokenRow, check_prompts, generate_rows, step_in_time, stream_pieces
 from petalite.client.model import LocalParts, Model, load_local_parts
+from petalite.client.remote import RemoteBlocks
 from petalite.client.sampling import Sampling
 from petalite.client.session import InferenceSession
 from petalite.errors import PetaliteError
@@ -189,6 +191,11 @@ class BlockingModel:
     def head(self) -> Head:
         """The last block's output to logits; its weights are frozen."""
         return self.remote.parts.head
+
+    @cached_property
+    def blocks(self) -> RemoteBlocks:
+        """All blocks as a differentiable torch module."""
+        return RemoteBlocks(self.remote.passes, self._portal, 0, self.remote.config.n_layer)
 
     def session(self, *, max_len: int, batch: int = 1, pad: Sequence[int] | None = None) -> BlockingSession:
         """A KV cache of `batch` rows x `max_len` tokens in the swarm; see `Model.session`."""

@@ -14,6 +14,7 @@ from petalite import bridge, limits
 from petalite.client.hop import Hop
 from petalite.client.pipeline import Send
 from petalite.errors import PeerLost, PeerUnreachable, RequestError
+from petalite.identity import PeerId
 from petalite.net.connection import OnProgress, PeerConnection, Reply
 from petalite.swarm.node import Node
 from petalite.wire import messages
@@ -73,12 +74,12 @@ class Calls:
             from_=None if hop.source is None else bytes(hop.source),
             wait=True,
         )
-        _parse(messages.OpenReply, await self._request(hop, "open", message.to_wire()))
+        parse_reply(messages.OpenReply, await self._request(hop, "open", message.to_wire()))
 
     async def extend(self, hop: Hop, max_len: int) -> int:
         """The cache's length now, in tokens."""
         message = messages.Extend(sid=hop.sid, max_len=max_len)
-        reply = _parse(messages.ExtendReply, await self._request(hop, "extend", message.to_wire()))
+        reply = parse_reply(messages.ExtendReply, await self._request(hop, "extend", message.to_wire()))
         if reply.max_len < max_len:
             raise PeerLost(f"extended the session to {reply.max_len} tokens, asked were {max_len}")
         return reply.max_len
@@ -86,7 +87,7 @@ class Calls:
     async def status(self, hop: Hop) -> tuple[int, int]:
         """The number of the next step, and the position."""
         reply = await self._request(hop, "status", messages.Status(sid=hop.sid).to_wire())
-        status = _parse(messages.StatusReply, reply)
+        status = parse_reply(messages.StatusReply, reply)
         return status.n, status.pos
 
     async def step(
@@ -129,15 +130,11 @@ class Calls:
 
     def connected(self, hop: Hop) -> bool:
         """Whether a request to the server needs no dialling."""
-        return self._connection(hop) is not None
-
-    def _connection(self, hop: Hop) -> PeerConnection | None:
-        connection = self._node.endpoint.connections.get(hop.peer)
-        return None if connection is None or connection.leaving else connection
+        return _connection(self._node, hop.peer) is not None
 
     async def close(self, hop: Hop) -> None:
         """Tell the server that it may forget, if there is a connection; silent about one that is gone."""
-        connection = self._connection(hop)
+        connection = _connection(self._node, hop.peer)
         if connection is None:
             return
         try:
@@ -150,22 +147,37 @@ class Calls:
     async def _request(
         self, hop: Hop, method: str, head: Mapping[str, Any], body: Sequence[memoryview] = (), **options: Any
     ) -> Reply:
-        """Ask; if the connection breaks, ask once more over a new one: every request here is safe to repeat."""
-        connection = self._connection(hop) or await self._connect(hop)
-        started = trio.current_time()
-        try:
-            return await connection.request(method, head, body, **options)
-        except PeerLost as error:
-            if trio.current_time() - started > _REDIAL_BEFORE_SECONDS:
-                raise
-            log.debug("%s: %s; trying a new connection", hop, error)
-        connection = await self._connect(hop)
-        return await connection.request(method, head, body, **options)
+        return await ask(self._node, hop.peer, method, head, body, **options)
 
-    async def _connect(self, hop: Hop) -> PeerConnection:
-        with trio.move_on_after(limits.DIAL_SECONDS):
-            return await self._node.connect(hop.peer)
-        raise PeerUnreachable(f"no connection within {limits.DIAL_SECONDS:.0f} s")
+
+async def ask(
+    node: Node, peer: PeerId, method: str, head: Mapping[str, Any], body: Sequence[memoryview] = (), **options: Any
+) -> Reply:
+    """Ask; if the connection breaks, ask once more over a new one: every request of a client is safe to repeat.
+
+    `options` and errors are those of `PeerConnection.request`, and PeerUnreachable.
+    """
+    connection = _connection(node, peer) or await _connect(node, peer)
+    started = trio.current_time()
+    try:
+        return await connection.request(method, head, body, **options)
+    except PeerLost as error:
+        if trio.current_time() - started > _REDIAL_BEFORE_SECONDS:
+            raise
+        log.debug("peer %s..: %s; trying a new connection", peer.short, error)
+    connection = await _connect(node, peer)
+    return await connection.request(method, head, body, **options)
+
+
+def _connection(node: Node, peer: PeerId) -> PeerConnection | None:
+    connection = node.endpoint.connections.get(peer)
+    return None if connection is None or connection.leaving else connection
+
+
+async def _connect(node: Node, peer: PeerId) -> PeerConnection:
+    with trio.move_on_after(limits.DIAL_SECONDS):
+        return await node.connect(peer)
+    raise PeerUnreachable(f"no connection within {limits.DIAL_SECONDS:.0f} s")
 
 
 def _next(send: Send, following: Sequence[Send]) -> tuple[messages.Hop, ...] | None:
@@ -177,7 +189,8 @@ def _next(send: Send, following: Sequence[Send]) -> tuple[messages.Hop, ...] | N
     )
 
 
-def _parse(kind: type[messages.M], reply: Reply) -> messages.M:
+def parse_reply(kind: type[messages.M], reply: Reply) -> messages.M:
+    """The message in a reply. Raises PeerLost where it is none."""
     try:
         return kind.from_wire(dict(reply.head))
     except RequestError as error:
@@ -186,7 +199,7 @@ def _parse(kind: type[messages.M], reply: Reply) -> messages.M:
 
 def _check_step(send: Send, due: Descriptor, reply: Reply) -> Outcome:
     """The output, if the reply is what was asked for (PT-SES-029)."""
-    answer = _parse(messages.StepReply, reply)
+    answer = parse_reply(messages.StepReply, reply)
     tensor = answer.tensors[0]
     if (answer.n, answer.pos) != (send.n, send.end):
         raise PeerLost(f"answered step {answer.n} at {answer.pos}, asked was {send.n} at {send.end}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -16,6 +17,9 @@ from petalite.bloom.blocks import Embeddings, Head
 from petalite.bloom.config import BloomConfig
 from petalite.bloom.loading import load_embeddings, load_head
 from petalite.bloom.manifest import Manifest, load_or_make
+from petalite.client.blocking import Portal
+from petalite.client.passes import Passes
+from petalite.client.remote import RemoteBlocks
 from petalite.client.session import InferenceSession
 from petalite.errors import CheckpointError, PetaliteError
 from petalite.models import CLIENT_PART, find_model, model_name
@@ -165,6 +169,16 @@ class Model:
             notice=self.notice,
             push=self._push,
         )
+
+    @cached_property
+    def passes(self) -> Passes:
+        """Forward and backward passes through the swarm, for `blocks`."""
+        return Passes(self.node, self.model_id, self.config, self._activations, self.notice)
+
+    @property
+    def blocks(self) -> RemoteBlocks:
+        """All blocks as a differentiable torch module; get it in the event loop, call it in other threads."""
+        return RemoteBlocks(self.passes, Portal(trio.lowlevel.current_trio_token()), 0, self.config.n_layer)
 
     def _activations(self) -> tuple[str, str]:
         if self._wire == "int8":

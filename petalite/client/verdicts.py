@@ -47,6 +47,21 @@ _STEP_TABLE: dict[ErrorCode, Verdict] = {
     ErrorCode.RESOURCES: Verdict.AGAIN,
 }
 
+# Of forward and backward, which reserve nothing and leave nothing behind.
+_TRAINING_TABLE: dict[ErrorCode, Verdict] = {
+    code: verdict
+    for code, verdict in {
+        **_OPEN_TABLE,
+        ErrorCode.TENSOR: Verdict.ACCUSED,
+        ErrorCode.CANCELLED: Verdict.AGAIN,
+    }.items()
+    if verdict is not Verdict.REOPEN
+}
+_TABLES = {
+    **dict.fromkeys(("open", "extend", "close"), _OPEN_TABLE),
+    **dict.fromkeys(("forward", "backward"), _TRAINING_TABLE),
+}
+
 FORGET_SECONDS = 60.0
 MOST_FORGOTTEN = 2  # sessions that a server may drop within FORGET_SECONDS before it is banned
 MOST_AGAIN = 3  # refusals in a row after which a server is avoided
@@ -106,10 +121,12 @@ class Judge:
 
     def refused(self, peer: PeerId, method: str, error: RequestError, now: float) -> Verdict:
         """The verdict on an error that `peer` answered to `method`."""
-        table = _OPEN_TABLE if method in ("open", "extend", "close") else _STEP_TABLE
+        table = _TABLES.get(method, _STEP_TABLE)
         verdict = table.get(error.code, Verdict.BAN)
         if error.code is ErrorCode.RESOURCES:
             self.short_of_room = True
+            if table is _TRAINING_TABLE and error.detail.get("retry") is False:
+                verdict = Verdict.ACCUSED  # one request is too much for it
             if verdict is Verdict.AGAIN and error.detail.get("retry") is not True:
                 return Verdict.BAN  # room for the step was reserved at open
         if verdict is Verdict.REOPEN:

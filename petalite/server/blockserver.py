@@ -19,6 +19,7 @@ from petalite.server.executor import Executor, ThreadRunner, run_in_thread
 from petalite.server.handlers import Handlers
 from petalite.server.push import Pusher
 from petalite.server.table import SessionTable
+from petalite.server.training import Adapters, Training
 from petalite.wire import messages
 from petalite.wire.tensors import CODECS
 
@@ -27,7 +28,8 @@ class BlockServer:
     """Answers `methods` while `run` is running.
 
     `cache_tokens` is the room for all sessions together: the sum over sessions of rows x longest length. `runner`
-    runs the model off the event loop (`run_inline` under a mock clock), `here` what is brief in it.
+    runs the model off the event loop (`run_inline` under a mock clock), `here` what is brief in it. `adapters`:
+    low-rank adapters that clients may name instead of sending their own.
     """
 
     CODECS: ClassVar = CODECS
@@ -44,6 +46,7 @@ class BlockServer:
         idle_seconds: float = limits.SESSION_IDLE_SECONDS,
         runner: ThreadRunner = run_in_thread,
         here: Callable[[Callable[[], None]], None] | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
         self.span = span
         self.manifest = manifest
@@ -61,7 +64,17 @@ class BlockServer:
         handlers = Handlers(
             self.table, self.executor, manifest, self.describe, lambda: self.state == "online", self.pusher
         )
-        self.methods: Mapping[str, Handler] = handlers.methods
+        self.adapters = adapters or {}
+        self.training = Training(self.executor, self._served, span.start, self.adapters, lambda: self.state == "online")
+        self.methods: Mapping[str, Handler] = {
+            **handlers.methods,
+            "forward": self.training.forward,
+            "backward": self.training.backward,
+        }
+
+    def _served(self, model: bytes, blocks: tuple[int, int]) -> Span:
+        self.table.check_served(model, blocks)
+        return self._subspan(*blocks)
 
     def _subspan(self, start: int, end: int) -> Span:
         """Some of the blocks as a span of its own; the weights are shared."""
@@ -90,6 +103,8 @@ class BlockServer:
             state=self.state,
             version=__version__,
             push=self.pusher.enabled or None,
+            train=limits.MAX_TRAINING_TOKENS,
+            adapters=tuple(self.adapters) or None,
         )
 
     def accelerate(self, progress: Callable[[int, int], None] | None = None) -> str:
@@ -130,5 +145,8 @@ class BlockServer:
         """
         self.state = "draining"
         # Quiet is an absence, which no event announces: look again and again.
-        while not self.table.quiet_since(trio.current_time() - limits.DRAIN_QUIET_SECONDS):  # noqa: ASYNC110
+        while self.training.busy or not self._quiet():  # noqa: ASYNC110
             await trio.sleep(limits.TICK_SECONDS)
+
+    def _quiet(self) -> bool:
+        return self.table.quiet_since(trio.current_time() - limits.DRAIN_QUIET_SECONDS)

@@ -83,7 +83,7 @@ class Executor:
         return len(self._scheduler)
 
     def load(self, owner: Hashable) -> int:
-        """Tokens of `owner` that wait or run."""
+        """Tokens of `owner` that wait or run, training aside."""
         return self._scheduler.load(owner)
 
     def add(self, job: Job) -> None:
@@ -106,7 +106,8 @@ class Executor:
             batch = self._scheduler.next_batch(trio.current_time())
             if batch is None:
                 self._wake = trio.Event()
-                await self._wake.wait()
+                with trio.move_on_at(self._scheduler.wake_at(trio.current_time())):
+                    await self._wake.wait()
                 continue
             for job in batch.jobs:
                 job.started()
@@ -117,8 +118,11 @@ class Executor:
                 if job.over:
                     job.settled()
 
+    def _interrupted(self, batch: Batch) -> bool:
+        return self._scheduler.wanted if batch.training else self._scheduler.urgent
+
     async def _run_batch(self, batch: Batch) -> None:
-        if self._here is None or batch.long or not 0 < self._scheduler.short_seconds <= BRIEF_SECONDS:
+        if self._here is None or batch.long or batch.training or not 0 < self._scheduler.short_seconds <= BRIEF_SECONDS:
             await self._run_in_worker(batch)
             return
         self._here(lambda: compute(batch, _never))
@@ -135,7 +139,7 @@ class Executor:
             nonlocal in_worker
             in_worker = True
             try:
-                compute(batch, lambda: self._stopping or self._scheduler.urgent)
+                compute(batch, lambda: self._stopping or self._interrupted(batch))
             finally:
                 in_worker = False
 
@@ -156,8 +160,12 @@ def _never() -> bool:
 def compute(batch: Batch, urgent: Callable[[], bool]) -> None:
     """Run one batch in this thread; results and errors end up in the jobs. An error of one job costs only that job.
 
-    A long job returns after a block where `urgent()` says that short ones wait.
+    A long job, or a training pass, returns after a block where `urgent()` says that others wait.
     """
+    if batch.training:
+        if not batch.jobs[0].abandoned:
+            _guard(batch.jobs[0], lambda job: _run_training(job, urgent))
+        return
     with torch.inference_mode():
         ready = [job for job in batch.jobs if not job.abandoned and _guard(job, _prepare)]
         if batch.long:
@@ -176,8 +184,9 @@ def _guard(job: Job, action: Callable[[Job], None]) -> bool:
     except RequestError as error:
         job.error = error
     except Exception as error:  # whatever torch raises ends this job alone, and is logged whole
-        log.warning("a step failed in the model", exc_info=error)
-        job.error = RequestError(ErrorCode.INTERNAL, f"the step failed in the model ({type(error).__name__})")
+        what = "training pass" if job.training else "step"
+        log.warning("a %s failed in the model", what, exc_info=error)
+        job.error = RequestError(ErrorCode.INTERNAL, f"the {what} failed in the model ({type(error).__name__})")
     return job.error is None
 
 
@@ -233,6 +242,20 @@ def _run_long(job: Job, urgent: Callable[[], bool]) -> None:
             return
         if job.abandoned or urgent():
             return
+
+
+def _run_training(job: Job, urgent: Callable[[], bool]) -> None:
+    """The pass, a generator, through at least one block, and on while nobody else waits; its value is the result."""
+    passing: Iterator[None] = job.work
+    with torch.inference_mode(False), torch.no_grad():
+        while not job.abandoned:
+            try:
+                next(passing)
+            except StopIteration as ended:
+                job.result, job.done = ended.value, job.tokens
+                return
+            if urgent():
+                return
 
 
 def _flat(hidden: Tensor) -> Tensor:

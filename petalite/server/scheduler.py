@@ -22,6 +22,9 @@ SMALLEST_PIECE = 16
 BLOCK_SECONDS = 0.0005
 LONE_BLOCK_SECONDS = 0.02
 RECENT_SECONDS = 1.0
+# While others use the model, training has it for a quarter of the time: after each slice it holds off for so many times
+# as long, so that few steps meet a block of it. Where steps wait even then, once more, but it goes before them at last.
+TRAINING_PAUSE = 3.0
 # A clock that stands still (tests) must not make a token cost nothing.
 LEAST_SECONDS = 1e-9
 
@@ -34,7 +37,8 @@ class Job:
     `finish` run in the worker thread; `started` and `settled` in the event loop: when the model first takes the job,
     and when it has left the executor, whether finished, failed, or dropped.
 
-    `done` tokens are through all blocks, the next `piece` ones through `at_block` of them.
+    `done` tokens are through all blocks, the next `piece` ones through `at_block` of them. A `training` job is neither
+    short nor long, and says itself when it is done.
     """
 
     owner: Hashable
@@ -42,11 +46,12 @@ class Job:
     batch: int
     tokens: int
     blocks: int
-    prepare: Callable[[], Any]
-    finish: Callable[[Any], Any]
     started: Callable[[], None]
     settled: Callable[[], None]
     work: Any
+    prepare: Callable[[], Any] = lambda: None
+    finish: Callable[[Any], Any] = lambda result: result
+    training: bool = False
     done: int = 0
     piece: int = 0
     at_block: int = 0
@@ -60,7 +65,7 @@ class Job:
 
     @property
     def short(self) -> bool:
-        return self.size <= SHORT_TOKENS
+        return not self.training and self.size <= SHORT_TOKENS
 
     @property
     def over(self) -> bool:
@@ -80,7 +85,12 @@ class Batch:
 
     @property
     def long(self) -> bool:
-        return not self.jobs[0].short
+        return not self.jobs[0].short and not self.training
+
+    @property
+    def training(self) -> bool:
+        """One training job, for at least a block."""
+        return self.jobs[0].training
 
 
 class Scheduler:
@@ -89,6 +99,11 @@ class Scheduler:
     def __init__(self) -> None:
         self._short: OrderedDict[Hashable, deque[Job]] = OrderedDict()
         self._long: OrderedDict[Hashable, deque[Job]] = OrderedDict()
+        self._training: OrderedDict[Hashable, deque[Job]] = OrderedDict()
+        self._training_at = float("-inf")  # when training may have the model again
+        self._slice_seconds = 0.0
+        self._taken_at = float("-inf")
+        self._busy_at = float("-inf")  # when others last had it
         self._begun: Job | None = None  # a long job amid its piece: goes on before any other long one
         self._owed = 0.0  # seconds that short steps are to have before a long one may hold them up again
         self._load: Counter[Hashable] = Counter()
@@ -99,24 +114,34 @@ class Scheduler:
 
     def __len__(self) -> int:
         """Jobs that wait."""
-        return sum(map(len, (*self._short.values(), *self._long.values()))) + (self._begun is not None)
+        queues = (*self._short.values(), *self._long.values(), *self._training.values())
+        return sum(map(len, queues)) + (self._begun is not None)
 
     @property
     def urgent(self) -> bool:
         """Short steps wait: a long piece should pause at its next block. Read from the worker thread too."""
         return bool(self._short)
 
+    @property
+    def wanted(self) -> bool:
+        """Others wait: training should pause at its next block. Read from the worker thread too."""
+        return bool(self._short or self._long or self._begun)
+
     def load(self, owner: Hashable) -> int:
-        """Tokens of `owner` that wait or run."""
+        """Tokens of `owner` that wait or run, training aside."""
         return self._load[owner]
 
+    def _queues(self, job: Job) -> OrderedDict[Hashable, deque[Job]]:
+        return self._training if job.training else self._short if job.short else self._long
+
     def add(self, job: Job) -> None:
-        (self._short if job.short else self._long).setdefault(job.owner, deque()).append(job)
-        self._load[job.owner] += job.size
+        self._queues(job).setdefault(job.owner, deque()).append(job)
+        if not job.training:
+            self._load[job.owner] += job.size
 
     def remove(self, job: Job) -> bool:
         """Drop a job that waits; False if it is not waiting (it runs, or is through)."""
-        queues = self._short if job.short else self._long
+        queues = self._queues(job)
         queue = queues.get(job.owner, deque())
         if self._begun is job:
             self._begun = None
@@ -130,6 +155,8 @@ class Scheduler:
         return True
 
     def _forget(self, job: Job) -> None:
+        if job.training:
+            return
         self._load[job.owner] -= job.size
         if not self._load[job.owner]:
             del self._load[job.owner]
@@ -138,13 +165,37 @@ class Scheduler:
         """Take what runs now; None when nothing waits. When short and long wait, the long ones get a third of the time:
         a block of theirs delays the short steps, twice as long nothing does.
         """
+        self._taken_at = now
+        if self._training and now >= self._due_at(now):
+            return self._training_slice()
         long_waits = self._begun is not None or bool(self._long)
+        if self._short or long_waits:
+            self._busy_at = now
         if self._short and not (long_waits and self._owed <= 0):
             self._short_at = now
             return self._short_batch()
         if not self._short:
             self._owed = 0.0
         return self._long_piece(now) if long_waits else None
+
+    def wake_at(self, now: float) -> float:
+        """When to call `next_batch` again though nothing has come: training waits for its share."""
+        return self._due_at(now) if self._training else float("inf")
+
+    def _due_at(self, now: float) -> float:
+        """When training may have the model: at once where nobody else has used it for a while."""
+        if self.wanted:
+            return self._training_at + (self._slice_seconds if self._short else 0.0)
+        return min(self._training_at, self._busy_at + RECENT_SECONDS)
+
+    def _training_slice(self) -> Batch:
+        """Peers take turns, slice by slice."""
+        owner, queue = next(iter(self._training.items()))
+        job = queue.popleft()
+        del self._training[owner]
+        if queue:
+            self._training[owner] = queue
+        return Batch((job,), (job.tokens,))
 
     def _short_batch(self) -> Batch:
         """Round robin over the peers, one job each, until the batch is full: a peer with many sessions is one peer.
@@ -197,6 +248,13 @@ class Scheduler:
         """`batch` took `seconds`. A long job that is not through goes back: amid a piece it stays the next of the long
         ones, at the end of one it is the first of its peer, and the peer the last.
         """
+        if batch.training:
+            self._slice_seconds = max(LEAST_SECONDS, seconds)
+            self._training_at = self._taken_at + (1 + TRAINING_PAUSE) * self._slice_seconds
+            job = batch.jobs[0]
+            if not job.over:
+                self._training.setdefault(job.owner, deque()).appendleft(job)
+            return
         if not batch.long:
             self.short_seconds += (0.2 if self.short_seconds else 1.0) * (seconds - self.short_seconds)
             self._owed -= max(LEAST_SECONDS, seconds)

@@ -81,7 +81,7 @@ class SessionTable:
             if known.open != message:
                 raise RequestError(ErrorCode.CONFLICT, "the session exists already, with other fields")
             return known
-        self._check_served(message)
+        self.check_served(message.model, message.blocks)
         if self._by_owner[owner] >= limits.MAX_SESSIONS_PER_PEER or len(self._sessions) >= limits.MAX_SESSIONS:
             text = f"too many sessions: {self._by_owner[owner]} of yours, {len(self._sessions)} in all"
             raise RequestError(ErrorCode.RESOURCES, text, {"retry": True, "after": 1000})
@@ -95,11 +95,12 @@ class SessionTable:
         self._held[owner] += session.tokens
         return session
 
-    def _check_served(self, message: Open) -> None:
+    def check_served(self, model: bytes, blocks: tuple[int, int]) -> None:
+        """Raises NOT_SERVED for another model, or blocks that are not all here."""
         detail = {"blocks": list(self.served), "model": self._model}
-        if message.model != self._model:
+        if model != self._model:
             raise RequestError(ErrorCode.NOT_SERVED, "another model, or other weights, are served here", detail)
-        start, end = message.blocks
+        start, end = blocks
         if not self.served[0] <= start < end <= self.served[1]:
             text = f"blocks {start}:{end} are asked, {self.served[0]}:{self.served[1]} are served"
             raise RequestError(ErrorCode.NOT_SERVED, text, detail)

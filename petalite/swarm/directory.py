@@ -369,6 +369,8 @@ def server_info(peer: PeerId, info: InfoReply, hops: dict[PeerId, float], age: f
         dtype=info.dtype,
         quant=info.quant or "none",
         codecs=info.codecs,
+        training_tokens=info.train or 0,
+        adapters=info.adapters or (),
         push=bool(info.push),
         next_hops=hops,
         addresses=info.addrs or (),

@@ -63,6 +63,10 @@ class Needs:
     compute_class: tuple[str, str] | None = None
     """Only servers of this `(dtype, quant)`, so that the text stays the same."""
     codec: str | None = None
+    training: bool = False
+    """Only servers that answer forward and backward."""
+    adapter: str | None = None
+    """Only servers that hold this adapter."""
     push: bool = True
     """Whether a route may pass activations from server to server, where every server on it can."""
     without: frozenset[PeerId] = frozenset()
@@ -194,12 +198,14 @@ def _stops(
         for s in online
         if (needs.compute_class is None or s.compute_class == needs.compute_class)
         and (needs.codec is None or needs.codec in s.codecs)
+        and (s.training_tokens > 0 or not needs.training)
+        and (needs.adapter is None or needs.adapter in s.adapters)
     ]
     trusted = [s for s in wanted if not bans.banned(s.peer, now)]
     fitting = [s for s in trusted if _room(s, needs.cache_tokens) > 0]
     sieve = (
         (online, "no server online holds them"),
-        (wanted, "no server with the compute class and codec asked for holds them"),
+        (wanted, _what_is_wanted(needs)),
         (trusted, "every server that holds them failed a moment ago"),
         (fitting, f"no server that holds them has cache room for {needs.cache_tokens} tokens"),
     )
@@ -221,6 +227,13 @@ def _stops(
         for s, start, end in parts
         if start < end
     ]
+
+
+def _what_is_wanted(needs: Needs) -> str:
+    asked = ["with the compute class and codec asked for"]
+    asked += ["that trains"] * needs.training
+    asked += [f"that has adapter {needs.adapter!r}"] * (needs.adapter is not None)
+    return f"no server {' and '.join(asked)} holds them"
 
 
 def _room(server: ServerInfo, tokens: int) -> int:

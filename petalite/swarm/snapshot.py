@@ -84,6 +84,9 @@ class ServerInfo:
     dtype: str = "float32"
     quant: str = "none"
     codecs: tuple[str, ...] = ("raw",)
+    training_tokens: int = 0
+    """rows x tokens of the largest forward or backward it answers; 0: it answers none."""
+    adapters: tuple[str, ...] = ()
     push: bool = False
     """Sends activations straight to the next server when asked."""
     next_hops: Mapping[PeerId, float] = field(default_factory=dict)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Final, NamedTuple, Self, TypeVar, d
 
 from petalite.errors import ErrorCode, RequestError
 from petalite.limits import (
+    MAX_ADAPTERS,
     MAX_ANNOUNCED_ADDRESSES,
     MAX_BATCH,
     MAX_BLOCKS,
@@ -242,6 +243,7 @@ class InfoReply(Message):
     `max_len`: its longest session in tokens; `cache_left`: tokens of cache not reserved. `decode_rate` and
     `batch_rate`: block-tokens/s in one-token steps and in long batches; `net_rate`: bits/s; `queue`: ms that a step
     waits. `moving_to`: the blocks it is about to hold instead; `pinned`: it will not move. `addrs`: host:port.
+    `train`: it answers forward and backward of so many tokens (rows x tokens); `adapters`: those that it holds.
     """
 
     model: ModelId
@@ -264,6 +266,8 @@ class InfoReply(Message):
     net_rate: Annotated[int | None, Int(1, MAX_RATE)] = None
     queue: Annotated[int | None, Int(0, 2**32)] = None
     push: Annotated[bool | None, Bool()] = None
+    train: Annotated[int | None, Int(1, 2**32)] = None
+    adapters: Annotated[tuple[str, ...] | None, ListOf(Str(1, MAX_WORD), 0, MAX_ADAPTERS)] = None
     next_hops: Annotated[tuple[NextHop, ...] | None, ListOf(Nested(NextHop), 0, MAX_NEXT_HOPS)] = None
     addrs: Annotated[tuple[str, ...] | None, ListOf(Str(1, MAX_WORD), 0, MAX_ANNOUNCED_ADDRESSES)] = None
 
