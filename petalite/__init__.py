@@ -7,6 +7,8 @@ async with petalite.join(peers=[...]) as swarm:
 
 with petalite.connect(peers=[...]) as swarm:
     print(swarm.load("fairytale").generate_text("Once upon a time"))
+
+What is trained through the swarm are torch modules: `PromptTuning`, `LoraAdapter`, `SequenceClassifier`.
 """
 
 from __future__ import annotations
@@ -14,16 +16,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "connect", "join"]
+__all__ = ["LoraAdapter", "PromptTuning", "SequenceClassifier", "__version__", "connect", "join"]
 
 if TYPE_CHECKING:
     from petalite.client.api import connect, join
+    from petalite.client.tuning import LoraAdapter, PromptTuning, SequenceClassifier
 
 
 def __getattr__(name: str) -> Any:
-    """`join` and `connect` bring torch with them, so they are imported when first used (PEP 562)."""
+    """All of it brings torch along, so it is imported when first used (PEP 562)."""
     if name in ("connect", "join"):
         from petalite.client import api
 
         return getattr(api, name)
+    if name in ("LoraAdapter", "PromptTuning", "SequenceClassifier"):
+        from petalite.client import tuning
+
+        return getattr(tuning, name)
     raise AttributeError(f"module 'petalite' has no attribute {name!r}")
