@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from functools import cached_property
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import trio
 from torch import Tensor
@@ -15,12 +15,25 @@ from torch import Tensor
 from petalite import __version__
 from petalite.bloom.blocks import Embeddings, Head
 from petalite.bloom.config import BloomConfig
+from petalite.client.beams import Beams
 from petalite.client.blocking import Portal, open_portal
-from petalite.client.generation import Generation, TokenRow, check_prompts, generate_rows, step_in_time, stream_pieces
+from petalite.client.generation import (
+    Generation,
+    Rows,
+    TokenRow,
+    check_prompts,
+    generate_rows,
+    list_rows,
+    open_session,
+    real_tokens,
+    step_in_time,
+    stream_pieces,
+)
 from petalite.client.model import LocalParts, Model, load_local_parts
 from petalite.client.remote import RemoteBlocks
 from petalite.client.sampling import Sampling
-from petalite.client.session import InferenceSession
+from petalite.client.searching import search_rows
+from petalite.client.session import InferenceSession, Intervention
 from petalite.errors import PetaliteError
 from petalite.identity import Address, Identity
 from petalite.swarm.node import Node, open_node
@@ -41,7 +54,10 @@ class RemoteModel(Model):
         generation = generation_of(**options)
         tokens = self.encode(prompt)
         check_prompts([tokens])
-        async with self.session(max_len=len(tokens) + generation.max_new_tokens) as session:
+        if generation.beams.count > 1:  # which beam wins shows at the end
+            yield (await search_rows(self, [tokens], generation))[0].text
+            return
+        async with open_session(self, generation, max_len=len(tokens) + generation.max_new_tokens) as session:
             row = TokenRow(self, generation)
             async with aclosing(stream_pieces(self, session, tokens, [], generation, row)) as pieces:
                 async for piece in pieces:
@@ -53,9 +69,23 @@ class RemoteModel(Model):
         return "".join([piece async for piece in self.generate(prompt, **options)])
 
     async def generate_batch(self, prompts: Sequence[str], **options: Any) -> list[str]:
-        """The continuations of several prompts, computed as one batch."""
-        rows = await generate_rows(self, [self.encode(prompt) for prompt in prompts], generation_of(**options))
-        return [row.text for row in rows]
+        """The continuations of several prompts, computed as one batch; with `num_return_sequences` so many of each."""
+        return [row.text for row in await self._rows([self.encode(prompt) for prompt in prompts], options)]
+
+    async def generate_ids(self, prompts: Rows, attention_mask: Rows | None = None, **options: Any) -> list[list[int]]:
+        """As `generate_batch`, from token ids to the new token ids, an end token included.
+
+        Rows may differ in length. `attention_mask`, of the prompts' shape, is 0 at tokens that are not there: padding
+        on either side, and holes (`real_tokens`). What comes next follows the last real token, where transformers takes
+        the last one of the row, padding or not.
+        """
+        rows = list_rows(prompts) if attention_mask is None else real_tokens(prompts, attention_mask)
+        return [row.tokens for row in await self._rows(rows, options)]
+
+    async def _rows(self, prompts: Sequence[Sequence[int]], options: Mapping[str, Any]) -> list[TokenRow]:
+        generation = generation_of(**options)
+        how = generate_rows if generation.beams.count == 1 else search_rows
+        return await how(self, prompts, generation)
 
 
 def generation_of(
@@ -67,12 +97,28 @@ def generation_of(
     repetition_penalty: float = 1.0,
     seed: int | None = None,
     stop: Sequence[str] = (),
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
+    early_stopping: bool | Literal["never"] = False,
+    num_return_sequences: int = 1,
+    interventions: Mapping[int, Intervention] | None = None,
 ) -> Generation:
-    """Options of a generation; temperature 0 is greedy. Raises ValueError for a number out of its range."""
+    """Options of a generation; temperature 0 is greedy, `num_beams` above 1 a beam search. `interventions`: functions
+    of the hidden states between blocks, see `InferenceSession`. Raises ValueError for a number out of its range.
+    """
     sampling = Sampling(
         temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty, seed=seed
     )
-    return Generation(max_new_tokens=max_new_tokens, sampling=sampling, stop=tuple(stop))
+    beams = Beams(
+        count=num_beams, length_penalty=length_penalty, early_stopping=early_stopping, returned=num_return_sequences
+    )
+    return Generation(
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        stop=tuple(stop),
+        beams=beams,
+        interventions=interventions or {},
+    )
 
 
 class Swarm:
@@ -178,6 +224,10 @@ class BlockingModel:
         """The continuations of several prompts, computed as one batch."""
         return self._portal.call(lambda: self.remote.generate_batch(prompts, **options))
 
+    def generate_ids(self, prompts: Rows, attention_mask: Rows | None = None, **options: Any) -> list[list[int]]:
+        """As `generate_batch`, for token ids; see `RemoteModel.generate_ids`."""
+        return self._portal.call(lambda: self.remote.generate_ids(prompts, attention_mask, **options))
+
     @property
     def config(self) -> BloomConfig:
         return self.remote.config
@@ -197,9 +247,9 @@ class BlockingModel:
         """All blocks as a differentiable torch module."""
         return RemoteBlocks(self.remote.passes, self._portal, 0, self.remote.config.n_layer)
 
-    def session(self, *, max_len: int, batch: int = 1, pad: Sequence[int] | None = None) -> BlockingSession:
-        """A KV cache of `batch` rows x `max_len` tokens in the swarm; see `Model.session`."""
-        session = self._portal.call_now(lambda: self.remote.session(max_len=max_len, batch=batch, pad=pad))
+    def session(self, *, max_len: int, **options: Any) -> BlockingSession:
+        """A KV cache in the swarm; see `Model.session`."""
+        session = self._portal.call_now(lambda: self.remote.session(max_len=max_len, **options))
         return BlockingSession(self._portal, session)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -12,27 +12,40 @@ import trio
 from torch import Tensor
 
 from petalite import limits
+from petalite.client.beams import Beams
 from petalite.client.model import Model
 from petalite.client.sampling import Sampler, Sampling
-from petalite.client.session import InferenceSession, SessionError
+from petalite.client.session import InferenceSession, Intervention, SessionError
 from petalite.client.text import TextStream
 from petalite.errors import PetaliteError
 
 # A step that no server has answered for so long is given up; within it, lost servers are replaced.
 STEP_SECONDS = 120.0
 
+Rows = Sequence[Sequence[int]] | Tensor
+"""Numbers in rows: token ids or masks, (B, T) or rows of several lengths."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
-    """What to generate. Raises ValueError for a number out of its range."""
+    """What to generate; `interventions` are those of `InferenceSession`.
+
+    Raises ValueError for a number out of its range, and for options that exclude each other.
+    """
 
     max_new_tokens: int = 100
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
+    beams: Beams = field(default_factory=Beams)
+    interventions: Mapping[int, Intervention] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be 1 or more, not {self.max_new_tokens}")
+        if self.beams.count > 1 and self.sampling.temperature:
+            raise ValueError("beams are searched, not sampled: num_beams needs temperature 0")
+        if self.beams.count > 1 and self.stop:
+            raise ValueError("num_beams and stop exclude each other: beams end by the end token or by their length")
 
 
 async def prefill(
@@ -146,22 +159,56 @@ async def generate_rows(model: Model, prompts: Sequence[Sequence[int]], generati
 
     Raises PetaliteError for an empty prompt, SessionError when the swarm cannot go on.
     """
+    rows = [TokenRow(model, generation) for _ in prompts]
+    seen = [list(prompt) for prompt in prompts]
+    async with (
+        prefilled(model, prompts, generation) as (session, logits),
+        aclosing(decode_tokens(model, session, logits, seen, generation)) as decoding,
+    ):
+        async for tokens in decoding:
+            for row, token in zip(rows, tokens, strict=True):
+                row.push(token)
+            if all(row.ended for row in rows):
+                break
+    return rows
+
+
+def open_session(
+    model: Model, generation: Generation, *, max_len: int, batch: int = 1, pad: Sequence[int] | None = None
+) -> InferenceSession:
+    """A session in which `generation` can run."""
+    return model.session(max_len=max_len, batch=batch, pad=pad, interventions=generation.interventions)
+
+
+@asynccontextmanager
+async def prefilled(
+    model: Model, prompts: Sequence[Sequence[int]], generation: Generation
+) -> AsyncIterator[tuple[InferenceSession, Tensor]]:
+    """A session that has read a prompt in each row, and the logits (B, vocabulary) behind."""
     longest = check_prompts(prompts)
     pad = [longest - len(prompt) for prompt in prompts]
     filler = model.config.pad_token_id or 0
-    rows = [TokenRow(model, generation) for _ in prompts]
-    seen = [list(prompt) for prompt in prompts]
     max_len = longest + generation.max_new_tokens
-    async with model.session(max_len=max_len, batch=len(prompts), pad=pad) as session:
+    async with open_session(model, generation, max_len=max_len, batch=len(prompts), pad=pad) as session:
         padded = [[filler] * count + list(prompt) for count, prompt in zip(pad, prompts, strict=True)]
-        logits = await prefill(model, session, padded)
-        async with aclosing(decode_tokens(model, session, logits, seen, generation)) as decoding:
-            async for tokens in decoding:
-                for row, token in zip(rows, tokens, strict=True):
-                    row.push(token)
-                if all(row.ended for row in rows):
-                    break
-    return rows
+        yield session, await prefill(model, session, padded)
+
+
+def real_tokens(prompts: Rows, mask: Rows) -> list[list[int]]:
+    """Of rows of token ids (B, T) those where `mask` (B, T) is not 0. Raises ValueError where the sizes differ.
+
+    Exactly what transformers' attention mask says of BLOOM, wherever the masked tokens stand: nobody attends to them,
+    and positions are the mask's running sum, so that a masked token takes none.
+    """
+    rows, masks = list_rows(prompts), list_rows(mask)
+    if [len(row) for row in rows] != [len(row) for row in masks]:
+        raise ValueError("the mask's rows must be as many and as long as the prompts")
+    return [[token for token, real in zip(*pair, strict=True) if real] for pair in zip(rows, masks, strict=True)]
+
+
+def list_rows(rows: Rows) -> list[list[int]]:
+    """Rows of numbers as lists."""
+    return [[int(number) for number in row] for row in (rows.tolist() if isinstance(rows, Tensor) else rows)]
 
 
 def check_prompts(prompts: Sequence[Sequence[int]]) -> int:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol, TypeVar
 
 import torch
 import trio
@@ -20,13 +19,12 @@ from petalite.bloom.manifest import Manifest, load_or_make
 from petalite.client.blocking import Portal
 from petalite.client.passes import Passes
 from petalite.client.remote import RemoteBlocks
-from petalite.client.session import InferenceSession
+from petalite.client.runner import Runner, run_in_thread
+from petalite.client.session import InferenceSession, Intervention
 from petalite.errors import CheckpointError, PetaliteError
 from petalite.models import CLIENT_PART, find_model, model_name
 from petalite.swarm.node import Node
 from petalite.wire.tensors import INT8, RAW
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,23 +66,6 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception, with a position in the file as its text
         raise CheckpointError(f"{path}: not a tokenizer: {str(error)[:200]}") from error
-
-
-class Runner(Protocol):
-    """What runs our share of the model off the event loop."""
-
-    async def __call__(self, function: Callable[[], T], /) -> T: ...
-
-
-async def run_in_thread(function: Callable[[], T], /) -> T:
-    """A cancelled wait leaves the thread to run out: a matrix product cannot be stopped and must not delay an exit."""
-    return await trio.to_thread.run_sync(function, abandon_on_cancel=True)
-
-
-async def run_inline(function: Callable[[], T], /) -> T:
-    """For tests under a mock clock, where a thread would let virtual time run away."""
-    await trio.lowlevel.checkpoint()
-    return function()
 
 
 class Model:
@@ -148,12 +129,21 @@ class Model:
             logits: Tensor = self.parts.head(hidden.to(device=weight.device, dtype=weight.dtype))
             return logits.float()
 
-    def session(self, *, max_len: int, batch: int = 1, pad: Sequence[int] | None = None) -> InferenceSession:
+    def session(
+        self,
+        *,
+        max_len: int,
+        batch: int = 1,
+        pad: Sequence[int] | None = None,
+        interventions: Mapping[int, Intervention] | None = None,
+    ) -> InferenceSession:
         """A KV cache of `batch` rows x `max_len` tokens in the swarm; use it as an async context manager.
 
-        `pad[i]` tokens at the start of row i are left padding, which nobody looks at.
+        `pad[i]` tokens at the start of row i are left padding, which nobody looks at. Servers know no other masks, and
+        need none: BLOOM's positions count the tokens of a mask, so a row with holes or padding behind is exactly the
+        row of its real tokens. `interventions`: see `InferenceSession`.
 
-        Raises PetaliteError if nobody serves the model.
+        Raises PetaliteError if nobody serves the model, ValueError for an option that does not fit it.
         """
         dtype, codec = self._activations()
         return InferenceSession(
@@ -168,6 +158,8 @@ class Model:
             pad=pad,
             notice=self.notice,
             push=self._push,
+            interventions=interventions,
+            runner=self.run,
         )
 
     @cached_property

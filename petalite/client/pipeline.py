@@ -7,7 +7,7 @@ a replay to a fresh server and a rollback are the same act, and a lost server is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -67,26 +67,52 @@ class Push:
     sends: tuple[Send, ...]
 
 
-Action = Plan | Open | Check | Extend | Send | Push
+@dataclass(frozen=True, slots=True)
+class Intervene:
+    """All of the step's tokens have come out of the blocks before `border`: `hidden` (B, T, C), to be changed."""
+
+    border: int
+    hidden: Tensor
+
+
+Action = Plan | Open | Check | Extend | Send | Push | Intervene
 
 
 @dataclass(slots=True)
 class _Output:
-    """What has come out of the last block in this step, up to position `end`."""
+    """What has come out of a block in this step, up to position `end`."""
 
     end: int = 0
     pieces: list[Tensor] = field(default_factory=list)
+
+    def add(self, start: int, output: Tensor) -> None:
+        """Take what is new of `output` (B, T, C), which begins at position `start`."""
+        if start + output.shape[1] > self.end >= start:
+            self.pieces.append(output[:, self.end - start :])
+            self.end = start + output.shape[1]
+
+    def whole(self) -> Tensor:
+        return self.pieces[0] if len(self.pieces) == 1 else torch.cat(self.pieces, dim=1)
 
 
 class Pipeline:
     """One session of `batch` rows through blocks [0, layers).
 
     `piece`: the most tokens in one step; `short`: the most tokens, over all rows, of a step that may be pushed from
-    server to server; `new_sid` makes session ids.
+    server to server; `new_sid` makes session ids. At the `cuts`, borders before a block, the owner changes what passes:
+    no hop reaches across one, and what goes on from there is what `intervened` was given.
     """
 
     def __init__(
-        self, layers: int, *, batch: int, max_len: int, piece: int, new_sid: Callable[[], bytes], short: int = 0
+        self,
+        layers: int,
+        *,
+        batch: int,
+        max_len: int,
+        piece: int,
+        new_sid: Callable[[], bytes],
+        short: int = 0,
+        cuts: Collection[int] = (),
     ) -> None:
         self.layers = layers
         self.batch = batch
@@ -99,8 +125,10 @@ class Pipeline:
         self._piece = piece
         self._short = short
         self._new_sid = new_sid
-        self._histories: dict[int, History] = {0: History()}
+        self._cuts = frozenset(cuts)
+        self._histories: dict[int, History] = {border: History() for border in (0, *self._cuts)}
         self._output = _Output()
+        self._reached: dict[int, _Output] = {}
         self._under_way: dict[Hop, Send] = {}
 
     # What the caller of the session does
@@ -114,7 +142,11 @@ class Pipeline:
         self._histories[0].truncate(self.position)
         self._histories[0].write(self.position, hidden)
         self.target = self.position + hidden.shape[1]
+        self._begin_output()
+
+    def _begin_output(self) -> None:
         self._output = _Output(self.position)
+        self._reached = {cut: _Output(self.position) for cut in self._cuts}
 
     @property
     def complete(self) -> bool:
@@ -126,12 +158,15 @@ class Pipeline:
         """Tokens of the step whose output has come so far."""
         return self._output.end - self.position
 
-    def take_output(self) -> Tensor:
-        """End the step: (B, T, C), what the last block gave for its tokens."""
-        pieces = self._output.pieces
+    @property
+    def output(self) -> Tensor:
+        """(B, T, C), what the last block gave for the step's tokens, once it is complete."""
+        return self._output.whole()
+
+    def finish(self) -> None:
+        """End the step, which is complete."""
         self.position = self.target
-        self._output = _Output(self.position)
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+        self._begin_output()
 
     def abandon(self) -> None:
         """End a step that was begun and not completed: the session stays at its position.
@@ -148,7 +183,7 @@ class Pipeline:
         if not 0 <= position <= self.position:
             raise LocalProtocolError(f"cannot roll back to {position}, the session holds {self.position} tokens")
         self.position = self.target = position
-        self._output = _Output(position)
+        self._begin_output()
         for history in self._histories.values():
             history.truncate(position)
         for hop in (*self.hops, *self.retired):
@@ -190,7 +225,11 @@ class Pipeline:
         unopened: list[Action] = [Open(hop) for hop in self.hops if hop.state is HopState.NEW and not hop.busy]
         if unopened:
             return unopened[:1]  # in block order: waiting for room while holding room further on would be a deadlock
-        actions: list[Action] = []
+        actions: list[Action] = [
+            Intervene(cut, reached.whole())
+            for cut, reached in self._reached.items()
+            if reached.pieces and reached.end >= self.target > self._histories[cut].length
+        ]
         for i, hop in enumerate(self.hops):
             action = None if hop.busy else self._action_of(hop)
             row = self._row_from(i, action) if push and isinstance(action, Send) else ()
@@ -204,9 +243,13 @@ class Pipeline:
         at = 0
         for hop in self.hops:
             if hop.blocks.start > at:
-                return Span(at, hop.blocks.start)
+                return Span(at, self._next_cut(at, hop.blocks.start))
             at = hop.blocks.end
-        return Span(at, self.layers) if at < self.layers else None
+        return Span(at, self._next_cut(at, self.layers)) if at < self.layers else None
+
+    def _next_cut(self, start: int, end: int) -> int:
+        """`end`, or the first cut between the two."""
+        return min([end, *(cut for cut in self._cuts if cut > start)])
 
     def _action_of(self, hop: Hop) -> Action | None:
         start = hop.position
@@ -223,7 +266,12 @@ class Pipeline:
         """Where a hop has done tokens whose output we do not have (it went with a boundary that nobody needed for a
         while): run them once more.
         """
-        known = self._output.end if hop.blocks.end == self.layers else self._known(hop.blocks.end)
+        if hop.blocks.end == self.layers:
+            known = self._output.end
+        elif hop.blocks.end in self._reached:
+            known = self._reached[hop.blocks.end].end
+        else:
+            known = self._known(hop.blocks.end)
         if known >= end:
             return None
         if hop.state is HopState.UNSURE:
@@ -244,7 +292,8 @@ class Pipeline:
         row = [send]
         for before, hop in zip(self.hops[first:], self.hops[first + 1 :], strict=False):
             if (
-                hop.source != before.peer
+                hop.blocks.start in self._cuts
+                or hop.source != before.peer
                 or hop.state is not HopState.OPEN
                 or hop.busy
                 or hop.haunted  # what we send ourselves is told from a late push by its content, an await is not
@@ -273,7 +322,8 @@ class Pipeline:
             hop.max_len = self._room_for(max(self.max_len, self.position, self.target))
         self.hops = sorted([*self.hops, *made], key=lambda hop: hop.blocks.start)
         for before, hop in zip(self.hops, self.hops[1:], strict=False):
-            joined = before.blocks.end == hop.blocks.start and before.peer != hop.peer
+            border = hop.blocks.start
+            joined = before.blocks.end == border and border not in self._cuts and before.peer != hop.peer
             if hop.state is HopState.NEW:
                 hop.source = before.peer if joined and {before.peer, hop.peer} <= pushing else None
         self._keep_borders()
@@ -282,7 +332,7 @@ class Pipeline:
     def _keep_borders(self) -> None:
         # Ends too: what lies behind a living hop is a gap that will need these inputs.
         hops = (*self.hops, *self.retired)
-        borders = {0, *(hop.blocks.start for hop in hops), *(hop.blocks.end for hop in hops)}
+        borders = {0, *self._cuts, *(hop.blocks.start for hop in hops), *(hop.blocks.end for hop in hops)}
         self._histories = {start: kept for start, kept in self._histories.items() if start in borders}
 
     def opened(self, hop: Hop) -> None:
@@ -307,13 +357,18 @@ class Pipeline:
         hop.reorder = None
         hop.haunted = False
         self.replayed_tokens += max(0, min(action.end, self.position) - action.start)
-        if hop.blocks.end < self.layers:
+        if hop.blocks.end == self.layers:
+            self._output.add(action.start, output)
+        elif hop.blocks.end in self._reached:
+            self._reached[hop.blocks.end].add(action.start, output)
+        else:
             history = self._histories.setdefault(hop.blocks.end, History())
             if action.start <= history.length:  # else the tokens between are asked for first, see `_again`
                 history.write(action.start, output)
-        elif action.end > self._output.end >= action.start:
-            self._output.pieces.append(output[:, self._output.end - action.start :])
-            self._output.end = action.end
+
+    def intervened(self, action: Intervene, hidden: Tensor) -> None:
+        """`hidden` (B, T, C) goes on from the border in place of what had come there."""
+        self._histories[action.border].write(self.position, hidden)
 
     def cut_off(self, action: Send) -> None:
         """The reply to `action` is not awaited any more; the server may have done it or not."""

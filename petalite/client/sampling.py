@@ -47,7 +47,7 @@ class Sampler:
         """logits (B, vocabulary), and the tokens each row has seen, prompt included -> one token a row."""
         scores = logits.float()
         if self._sampling.repetition_penalty != 1.0:
-            scores = _penalize(scores, seen, self._sampling.repetition_penalty)
+            scores = penalize(scores, seen, self._sampling.repetition_penalty)
         if self._sampling.temperature == 0:
             return [int(token) for token in scores.argmax(dim=-1)]
         scores = scores.cpu() / self._sampling.temperature
@@ -60,7 +60,7 @@ class Sampler:
         return [int(token) for token in drawn[:, 0]]
 
 
-def _penalize(scores: Tensor, seen: list[list[int]], penalty: float) -> Tensor:
+def penalize(scores: Tensor, seen: list[list[int]], penalty: float) -> Tensor:
     """Seen tokens: positive logits divided, negative ones multiplied (Keskar et al. 2019, section 4.1)."""
     scores = scores.clone()
     for row, tokens in zip(scores, seen, strict=True):

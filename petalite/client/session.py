@@ -18,9 +18,10 @@ from torch import Tensor
 from petalite import bridge, limits
 from petalite.client.calls import Calls, Outcome, Terms
 from petalite.client.hop import Hop, HopState
-from petalite.client.pipeline import Action, Check, Extend, Open, Pipeline, Plan, Push, Send
+from petalite.client.pipeline import Action, Check, Extend, Intervene, Open, Pipeline, Plan, Push, Send
 from petalite.client.planning import Planner, SessionError
 from petalite.client.pushing import PUSH_SECONDS, Part, PushTrust
+from petalite.client.runner import Runner, run_in_thread
 from petalite.client.verdicts import Judge, Verdict, retry_after
 from petalite.errors import HandshakeError, LocalProtocolError, PeerLost, RequestError
 from petalite.identity import PeerId
@@ -40,6 +41,9 @@ HAND_OVER_SECONDS = 1.0
 SLOW_SECONDS = 2.0
 SLOW_AVOID_SECONDS = 30.0
 
+Intervention = Callable[[Tensor], Tensor]
+"""Hidden states (B, T, C) that are about to enter a block -> what enters it instead."""
+
 
 class InferenceSession:
     """A KV cache of `batch` rows x `max_len` tokens spread over a chain of servers.
@@ -48,6 +52,12 @@ class InferenceSession:
     activations on the wire; `pad` is the left padding of each row. `notice` gets a quiet line when a server is lost.
     `push`: let servers pass activations on among themselves where all can. `history_limit`: bytes of inputs that may
     be kept for replay.
+
+    `interventions`: border -> function that gets the new tokens' hidden states (B, T, C) where they would enter block
+    `border` (`layers`: where they leave the last one), and returns what goes on instead, of the same shape. It runs in
+    a worker thread, once for each token, all tokens of one `step` together: history keeps what it gave, so a replay
+    does not call it again. Its errors leave `step`, and the session stays at its position. To read along, return what
+    came. Each costs a trip over this machine, even between blocks of one server.
     """
 
     def __init__(
@@ -65,7 +75,16 @@ class InferenceSession:
         notice: Callable[[str], None] | None = None,
         push: bool = True,
         history_limit: int = limits.MAX_HISTORY_BYTES,
+        interventions: Mapping[int, Intervention] | None = None,
+        runner: Runner = run_in_thread,
     ) -> None:
+        self._interventions = dict(interventions or {})
+        self._run = runner
+        for border in self._interventions:
+            if not 0 <= border <= layers:
+                raise ValueError(
+                    f"no intervention can be at border {border}: a model of {layers} blocks has 0..{layers}"
+                )
         terms = Terms(model=model, layers=layers, hidden=hidden, batch=batch, dtype=dtype, codec=codec)
         piece = min(limits.PREFILL_TOKENS, max(1, limits.PREFILL_BYTES // encoded_size(terms.descriptor(1))))
         self._pipeline = Pipeline(
@@ -75,6 +94,7 @@ class InferenceSession:
             piece=piece,
             new_sid=lambda: os.urandom(limits.SESSION_ID_BYTES),
             short=limits.SHORT_STEP_TOKENS,
+            cuts=[border for border in self._interventions if 0 < border < layers],
         )
         self._notice = notice or (lambda line: log.info("%s", line))
         self._judge = Judge()
@@ -131,7 +151,7 @@ class InferenceSession:
         """
         pipeline = self._pipeline
         self._check_size(hidden)
-        values = hidden.to(bridge.torch_dtype(self._terms.dtype))
+        values = await self._intervene(0, hidden.to(bridge.torch_dtype(self._terms.dtype)))
         self._hand_over()
         pipeline.feed(values)
         try:
@@ -139,15 +159,30 @@ class InferenceSession:
                 await self._advance(pipeline.ready(push=self._may_push()))
                 if progress is not None:
                     progress(pipeline.done_tokens)
+            output = await self._intervene(self._terms.layers, pipeline.output)
         except BaseException:
             pipeline.abandon()
             raise
-        output = pipeline.take_output()
+        pipeline.finish()
         self._step_done()
         retired = pipeline.take_retired()
         if retired:
             await self._close_all(retired)
         return output
+
+    async def _intervene(self, border: int, hidden: Tensor) -> Tensor:
+        """What goes on from `border` instead of `hidden` (B, T, C)."""
+        change = self._interventions.get(border)
+        if change is None:
+            return hidden
+        changed = await self._run(lambda: change(hidden))
+        if not isinstance(changed, Tensor) or changed.shape != hidden.shape:
+            shape = f" of shape {tuple(changed.shape)}" if isinstance(changed, Tensor) else ""
+            raise ValueError(
+                f"the intervention at border {border} returned a {type(changed).__name__}{shape}, "
+                f"due is a tensor of shape {tuple(hidden.shape)}"
+            )
+        return changed.detach().to(hidden)
 
     def _check_size(self, hidden: Tensor) -> None:
         if hidden.dim() != 3 or hidden.shape[2] != self._terms.hidden:
@@ -221,6 +256,8 @@ class InferenceSession:
             await self._plan(action)
         elif isinstance(action, Push):
             await self._push(action)
+        elif isinstance(action, Intervene):
+            self._pipeline.intervened(action, await self._intervene(action.border, action.hidden))
         elif isinstance(action, Open):
             await self._attempt(action.hop, "open", lambda: self._open(action.hop))
         elif isinstance(action, Check):

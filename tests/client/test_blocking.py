@@ -8,10 +8,13 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
+import torch
 import trio
+from torch import Tensor
 
 from petalite.client.api import BlockingModel, RemoteModel
 from petalite.client.blocking import open_portal
+from petalite.client.runner import run_in_thread
 from tools.simulate_sessions.world import load_parts, open_world
 
 
@@ -119,6 +122,28 @@ def test_a_blocking_model_tells_the_same_story() -> None:
         assert model.generate_batch(["Once upon a time"], max_new_tokens=8) == ["".join(pieces)]
         with pytest.raises(ValueError, match="temperature"):
             model.generate_text("Once", temperature=-1.0)
+
+
+def test_a_blocking_model_searches_beams_and_calls_back_between_blocks_outside_of_the_loop() -> None:
+    threads = set()
+
+    def read(hidden: Tensor) -> Tensor:
+        threads.add("loop" if trio.lowlevel.in_trio_run() else "worker")
+        return hidden
+
+    with open_portal(swarm_in_memory) as (portal, remote):
+        remote.run = run_in_thread
+        model = BlockingModel(portal, remote)
+        ids = remote.encode("Once upon a time")
+        plain = model.generate_ids([ids], max_new_tokens=6)
+        assert (
+            model.generate_ids([[3, *ids]], [[0] + [1] * len(ids)], max_new_tokens=6, interventions={6: read}) == plain
+        )
+        assert len(model.generate_ids([ids], max_new_tokens=6, num_beams=2, num_return_sequences=2)) == 2
+        with model.session(max_len=8, interventions={2: read}) as session, torch.no_grad():
+            output = session.step(model.embeddings(torch.tensor([ids])))
+        assert model.head(output[:, -1]).argmax() == plain[0][0]
+    assert threads == {"worker"}
 
 
 def test_an_interrupt_ends_a_waiting_call_and_the_generator_behind_it() -> None:

@@ -148,7 +148,9 @@ class World:
         told = iter(failures)
         for _ in range(1000):
             if self.pipeline.complete:
-                return self.pipeline.take_output()
+                output = self.pipeline.output
+                self.pipeline.finish()
+                return output
             for action in self.pipeline.ready(push):
                 failure = "" if isinstance(action, Plan) else next(told, "")
                 self.perform(action, failure)
@@ -226,7 +228,7 @@ def test_a_lost_hop_is_replayed_from_its_own_inputs_and_the_others_are_not_asked
     while not pipeline.complete:
         for action in pipeline.ready():
             world.perform(action)
-    assert torch.equal(pipeline.take_output(), run_layers(0, LAYERS, torch.cat([sent, values(1, 1)], dim=1))[:, 9:])
+    assert torch.equal(pipeline.output, run_layers(0, LAYERS, torch.cat([sent, values(1, 1)], dim=1))[:, 9:])
     assert pipeline.replayed_tokens == 9
     assert (pipeline.hops[0], pipeline.hops[2]) == (first, last)
     assert (first.n, last.n) == (4, 4)
@@ -322,7 +324,7 @@ def test_after_a_step_was_given_up_the_next_is_not_pushed_since_an_old_push_may_
             kinds.append(type(action).__name__)
             world.perform(action)
     assert "Push" not in kinds
-    pipeline.take_output()
+    pipeline.finish()
     pipeline.feed(values(4, 1))
     assert isinstance(pipeline.ready(push=True)[0], Push)
 
@@ -401,9 +403,7 @@ def test_a_retired_hop_comes_back_when_nobody_can_take_over() -> None:
     while not pipeline.complete:
         for action in pipeline.ready():
             world.perform(action)
-    assert torch.equal(
-        pipeline.take_output(), run_layers(0, LAYERS, torch.cat([values(0, 5), values(1, 1)], dim=1))[:, 5:]
-    )
+    assert torch.equal(pipeline.output, run_layers(0, LAYERS, torch.cat([values(0, 5), values(1, 1)], dim=1))[:, 5:])
     assert pipeline.replayed_tokens == 0
     assert pipeline.restore(Span(0, 6)) is None
 
