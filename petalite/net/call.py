@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import math
+from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import trio
+
+from petalite.errors import RequestError
 from petalite.identity import PeerId
 from petalite.wire.frames import Buffer
 from petalite.wire.streams import PeerRequest
@@ -23,18 +27,67 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A peer's request as a handler sees it."""
+    """A peer's request as a handler sees it. `deadline`: on trio's clock; nobody reads a reply that comes later."""
 
     peer: PeerId
     method: str
     head: Mapping[str, Any]
     body: bytearray
     request: PeerRequest
+    deadline: float = math.inf
 
     def progress(self, state: str) -> None:
         """What PROGRESS frames say while the reply is awaited: "queued" or "running"."""
         self.request.progress = {"s": state}
 
 
+class Later:
+    """A reply that somebody will `settle`; until then no task needs to wait for it, which spares each step two turns of
+    the loop. `abandoned` is called once if nobody wants it any more before it is there.
+    """
+
+    __slots__ = ("_abandoned", "_heard", "outcome")
+
+    def __init__(self, abandoned: Callable[[], None] = lambda: None) -> None:
+        self.outcome: Reply | RequestError | None = None
+        self._abandoned = abandoned
+        self._heard: Callable[[Reply | RequestError], None] | None = None
+
+    def settle(self, outcome: Reply | RequestError) -> None:
+        """The first call counts."""
+        if self.outcome is None:
+            self.outcome = outcome
+            if self._heard is not None:
+                self._heard(outcome)
+
+    def tell(self, heard: Callable[[Reply | RequestError], None]) -> None:
+        """Call `heard` with the outcome: now, or when it is there."""
+        self._heard = heard
+        if self.outcome is not None:
+            heard(self.outcome)
+
+    def abandon(self) -> None:
+        """Nobody wants the reply."""
+        if self.outcome is None:
+            self._heard = None
+            self._abandoned()
+
+    def __await__(self) -> Generator[Any, Any, Reply]:
+        return self._wait().__await__()
+
+    async def _wait(self) -> Reply:
+        settled = trio.Event()
+        self.tell(lambda outcome: settled.set())
+        try:
+            await settled.wait()
+        finally:
+            self.abandon()
+        if isinstance(self.outcome, Reply):
+            return self.outcome
+        raise self.outcome or trio.BrokenResourceError("a wait that ended without an outcome")
+
+
 Handler = Callable[[Call], Awaitable[Reply]]
-"""Returns the reply, or raises RequestError to answer with an error. Cancelled when the caller wants no reply."""
+"""Returns the reply, or raises RequestError to answer with an error. Cancelled when the caller wants no reply. A plain
+function that returns a Later costs no task.
+"""

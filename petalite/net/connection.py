@@ -336,6 +336,7 @@ class PeerConnection:
                 raise PeerLost(f"the peer took no data for {limits.BODY_STALL_SECONDS:.0f} s")
 
     def _tick(self, now: float) -> None:
+        self._serving.expire(now)
         self._core.handle_timer(now)
         self._dispatch()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -140,12 +140,12 @@ class Service:
             raise RequestError(ErrorCode.UNAVAILABLE, "not decided yet which blocks to serve", {"retry": True})
         return Reply(described.to_wire())
 
-    async def _dispatch(self, call: Call) -> Reply:
+    def _dispatch(self, call: Call) -> Awaitable[Reply]:
         server = self._server_for(call)
         handler = server.methods.get(call.method)
         if handler is None:
             raise RequestError(ErrorCode.UNSUPPORTED, f"method {call.method!a} is not offered")
-        return await handler(call)
+        return handler(call)
 
     def _server_for(self, call: Call) -> BlockServer:
         """Who holds the session that a request names; new things go to the current one."""

@@ -6,6 +6,7 @@ dropped when nobody does.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import torch
@@ -14,7 +15,7 @@ import trio
 from petalite import bridge, limits
 from petalite.errors import ErrorCode, LocalProtocolError, RequestError
 from petalite.identity import PeerId
-from petalite.net.call import Call, Reply
+from petalite.net.call import Call, Later, Reply
 from petalite.server.executor import Executor, StepWork
 from petalite.server.push import Pusher
 from petalite.server.scheduler import SHORT_TOKENS, Job
@@ -23,6 +24,8 @@ from petalite.server.table import SessionTable
 from petalite.wire import messages
 from petalite.wire.tensors import Descriptor, total_size
 from petalite.wire.writer import Priority
+
+log = logging.getLogger("petalite.server")
 
 
 class Steps:
@@ -36,15 +39,15 @@ class Steps:
 
     # The requests
 
-    async def step(self, call: Call) -> Reply:
+    def step(self, call: Call) -> Later:
         """Run a step, or answer it again. A retry that comes while the first still runs waits for that one."""
         message = messages.Step.from_wire(call.head)
         _check_body(message.tensors, call.body)
         session = self._table.find(call.peer, message.sid, trio.current_time())
         self._pusher.check_route(call.peer, message.next)
-        return self._reply(await self._perform(session, message, call))
+        return _Want(self._table, session, call, lambda: self._admit(session, message, call), self._reply).begin()
 
-    async def push(self, call: Call) -> Reply:
+    def push(self, call: Call) -> Later:
         """A step brought by the hop before us; its owner awaits the output, or will."""
         message = messages.Push.from_wire(call.head)
         _check_body(message.tensors, call.body)
@@ -60,27 +63,26 @@ class Steps:
             next=message.next,
             tensors=message.tensors,
         )
-        try:
-            await self._perform(session, step, call, push=object())
-        except RequestError as error:
-            self._table.refuse_awaits(session, message.n, _as_pushed(error))
-            raise
-        return Reply()
+        push = object()
 
-    async def await_step(self, call: Call) -> Reply:
+        def ended(error: RequestError | None) -> None:
+            if session.early is push:
+                session.early = None
+            if error is not None:
+                self._table.refuse_awaits(session, message.n, _as_pushed(error))
+
+        want = _Want(self._table, session, call, lambda: self._admit(session, step, call, push), lambda answer: Reply())
+        return want.begin(ended)
+
+    def await_step(self, call: Call) -> Later:
         """The output of a step that another peer brings."""
         message = messages.Await.from_wire(call.head)
         session = self._table.find(call.peer, message.sid, trio.current_time())
-        call.progress("queued")
-        entry = None
-        with _Changes(session, message.n) as changes:
-            while entry is None:
-                if changes.watcher.error is not None:
-                    raise _copied(changes.watcher.error)
-                entry = self._table.awaited(session, message.n, trio.current_time())
-                if entry is None:
-                    await changes.wait()
-        return self._reply(entry if isinstance(entry, Answer) else await self._join(session, entry, call))
+
+        def find() -> Answer | Running | None:
+            return self._table.awaited(session, message.n, trio.current_time())
+
+        return _Want(self._table, session, call, find, self._reply, message.n).begin()
 
     def _reply(self, answer: Answer) -> Reply:
         batch, tokens, _ = answer.tensors[0].shape
@@ -89,51 +91,18 @@ class Steps:
 
     # What they share
 
-    async def _perform(self, session: Session, step: messages.Step, call: Call, push: object | None = None) -> Answer:
-        """The step's answer, whoever runs it."""
-        try:
-            entry = self._admit(session, step, call, push)
-            if entry is None:
-                call.progress("queued")
-                with _Changes(session) as changes:
-                    while entry is None:
-                        await changes.wait()
-                        entry = self._admit(session, step, call, push)
-        finally:
-            if session.early is push:
-                session.early = None
-        if isinstance(entry, Answer):
-            return entry
-        return await self._join(session, entry, call)
-
-    def _admit(self, session: Session, step: messages.Step, call: Call, push: object | None) -> Answer | Running | None:
+    def _admit(
+        self, session: Session, step: messages.Step, call: Call, push: object | None = None
+    ) -> Answer | Running | None:
         """As `SessionTable.admit`; a fresh step is started."""
         load = self._executor.load(session.owner)
         entry = self._table.admit(session, step, call.body, trio.current_time(), load=load, push=push)
         if isinstance(entry, Running) and entry.cancel is None:
-            self._start(session, entry)
+            self._start(session, entry, call.deadline)
         return entry
 
-    async def _join(self, session: Session, running: Running, call: Call) -> Answer:
-        """Wait for the outcome of a step. When all who wait for it are gone, it is dropped."""
-        running.waiters += 1
-        running.progress.append(call.progress)
-        call.progress("running" if running.begun else "queued")
-        try:
-            with _Changes(session) as changes:
-                while running.outcome is None:
-                    await changes.wait()
-        finally:
-            running.waiters -= 1
-            if running.outcome is None:
-                self._table.abandon(session)
-        if isinstance(running.outcome, RequestError):
-            raise _copied(running.outcome)
-        return running.outcome
-
-    def _start(self, session: Session, running: Running) -> None:
-        """Hand the step to the executor; when it comes back, commit it and push its output on."""
-        deadline = trio.current_effective_deadline()
+    def _start(self, session: Session, running: Running, deadline: float) -> None:
+        """Hand the step to the executor; when it comes back, commit it and push its output on before `deadline`."""
 
         def started() -> None:
             if not running.begun:
@@ -220,23 +189,90 @@ def _as_pushed(error: RequestError) -> RequestError:
     return RequestError(error.code, error.text, error.detail | {"pushed": True})
 
 
-class _Changes:
-    """Within its `with` block: waits for the next thing that happens to a session; what happens between two waits is
-    not missed. `n`: the step that is awaited, if one is.
+class _Want(Later):
+    """One request that wants a step's outcome; it looks again whenever something happens to the session.
+
+    `find` gives the step's Answer, the Running that it is, or None while there is neither; `reply` makes of the Answer
+    what the request gets. `n`: the step that another peer is to bring, if that is what is awaited.
     """
 
-    def __init__(self, session: Session, n: int | None = None) -> None:
-        self._session = session
-        self._event = trio.Event()
-        self.watcher = Watcher(lambda: self._event.set(), n)
+    __slots__ = ("_call", "_ended", "_find", "_looking", "_reply", "_running", "_session", "_table", "_watcher")
 
-    def __enter__(self) -> _Changes:
-        self._session.watchers.append(self.watcher)
+    def __init__(
+        self,
+        table: SessionTable,
+        session: Session,
+        call: Call,
+        find: Callable[[], Answer | Running | None],
+        reply: Callable[[Answer], Reply],
+        n: int | None = None,
+    ) -> None:
+        super().__init__(self._unwanted)
+        self._table = table
+        self._session = session
+        self._call = call
+        self._find = find
+        self._reply = reply
+        self._running: Running | None = None
+        self._looking = False  # admitting a step tells all who watch its session, us too
+        self._ended: Callable[[RequestError | None], None] | None = None
+        self._watcher = Watcher(self._look, n)
+
+    def begin(self, ended: Callable[[RequestError | None], None] | None = None) -> Later:
+        """`ended` hears when it is over, and by which error."""
+        self._ended = ended
+        self._session.watchers.append(self._watcher)
+        self._look()
+        if self.outcome is None and self._running is None:
+            self._call.progress("queued")
         return self
 
-    def __exit__(self, *raised: object) -> None:
-        self._session.watchers.remove(self.watcher)
+    def _look(self) -> None:
+        if self._looking or self.outcome is not None:
+            return
+        self._looking = True
+        try:
+            answer = self._answer()
+            outcome = None if answer is None else self._reply(answer)
+        except RequestError as error:
+            self._leave(error)
+            self.settle(error)
+        except Exception as error:  # a bug costs this request, not the task that ran the step; it is logged whole
+            log.error("a step of peer %s failed", self._call.peer.short, exc_info=error)
+            self._leave(None)
+            self.settle(RequestError(ErrorCode.INTERNAL, "internal error"))
+        else:
+            if outcome is not None:
+                self._leave(None)
+                self.settle(outcome)
+        finally:
+            self._looking = False
 
-    async def wait(self) -> None:
-        await self._event.wait()
-        self._event = trio.Event()
+    def _answer(self) -> Answer | None:
+        running = self._running
+        if running is None:
+            if self._watcher.error is not None:
+                raise _copied(self._watcher.error)
+            entry = self._find()
+            if not isinstance(entry, Running):
+                return entry
+            running = self._running = entry
+            running.waiters += 1
+            running.progress.append(self._call.progress)
+            self._call.progress("running" if running.begun else "queued")
+        if isinstance(running.outcome, RequestError):
+            raise _copied(running.outcome)
+        return running.outcome
+
+    def _unwanted(self) -> None:
+        """When all who wait for a step are gone, it is dropped."""
+        self._leave(None)
+        if self._running is not None and self._running.outcome is None:
+            self._table.abandon(self._session)
+
+    def _leave(self, error: RequestError | None) -> None:
+        self._session.watchers.remove(self._watcher)
+        if self._running is not None:
+            self._running.waiters -= 1
+        if self._ended is not None:
+            self._ended(error)

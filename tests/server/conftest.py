@@ -88,7 +88,8 @@ class Client:
         fields = packing.decode(packing.encode(head if isinstance(head, dict) else head.to_wire()))
         request: Any = SimpleNamespace(progress={"s": "running"})  # all that a call needs of its stream
         self.calls.append(request)
-        reply = await self.server.methods[method](Call(self.peer, method, fields, body or bytearray(), request))
+        call = Call(self.peer, method, fields, body or bytearray(), request, trio.current_effective_deadline())
+        reply = await self.server.methods[method](call)
         return dataclasses.replace(reply, head=packing.decode(packing.encode(dict(reply.head))))
 
     async def open(self, number: int = 1, **changes: Any) -> Reply:
