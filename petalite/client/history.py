@@ -27,13 +27,13 @@ class History:
         """
         if start > self.length:
             raise ValueError(f"inputs from {start} on, but only {self.length} are known")
-        new = values[:, self.length - start :]
-        if new.shape[1] <= 0:
+        known = self.length - start
+        new = values.shape[1] - known
+        if new <= 0:
             return
-        end = self.length + new.shape[1]
-        store = self._room_for(end, values)
-        store[:, self.length : end] = new
-        self.length = end
+        store = self._room_for(self.length + new, values)
+        store.narrow(1, self.length, new).copy_(values.narrow(1, known, new) if known else values)
+        self.length += new
 
     def _room_for(self, end: int, like: Tensor) -> Tensor:
         if self._store is None or self._store.shape[1] < end:
@@ -47,7 +47,7 @@ class History:
         """(B, end - start, C). Raises ValueError outside of what is known."""
         if self._store is None or not 0 <= start < end <= self.length:
             raise ValueError(f"inputs {start}:{end} are not all known ({self.length} are)")
-        return self._store[:, start:end]
+        return self._store.narrow(1, start, end - start)
 
     def truncate(self, length: int) -> None:
         self.length = min(self.length, length)

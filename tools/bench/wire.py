@@ -23,7 +23,8 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from petalite import limits
 from petalite.errors import PetaliteError
 from petalite.identity import Address, Identity
-from petalite.net.connection import Call, PeerConnection, Reply
+from petalite.net.call import Call, Later, Reply
+from petalite.net.connection import PeerConnection
 from petalite.net.endpoint import open_endpoint
 from petalite.wire.writer import Priority
 from tools.bench import _link
@@ -65,8 +66,10 @@ def run(arguments: argparse.Namespace) -> Result | None:
 async def _be_peer(host: str) -> None:
     """Offer raw echo and sink, and the same as petalite requests, until stdin ends."""
 
-    async def echo(call: Call) -> Reply:
-        return Reply({}, (call.body,), Priority.BULK if len(call.body) > 64 * KIB else Priority.STEP)
+    def echo(call: Call) -> Later:
+        answer = Later()  # as a server answers a step: without a task for it
+        answer.settle(Reply({}, (call.body,), Priority.BULK if len(call.body) > 64 * KIB else Priority.STEP))
+        return answer
 
     async def sink(call: Call) -> Reply:
         return Reply()
