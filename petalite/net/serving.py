@@ -92,7 +92,10 @@ class Serving:
         try:
             if handler is None:
                 raise RequestError(ErrorCode.UNSUPPORTED, f"method {request.method!a} is not offered")
-            return handler(Call(self._peer, request.method, request.head, request.data, request, _deadline(request)))
+            deadline = _deadline(request)
+            if deadline <= trio.current_time():
+                raise RequestError(ErrorCode.DEADLINE, "deadline passed")
+            return handler(Call(self._peer, request.method, request.head, request.data, request, deadline))
         except Exception as error:  # noqa: BLE001  goes to the peer as an error, and to the log
             self._failed(request, error)
             return None
