@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import click
 
 from petalite.cli.options import ANNOUNCE, DEVICE, LISTEN, SIZE, HostPort, SwarmOptions, swarm_options
 from petalite.cli.running import import_beside, run_async
+from petalite.limits import MAX_ADAPTERS, MAX_WORD
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +30,7 @@ class ServeOptions:
     cache: int | None
     idle: float | None
     push: bool
+    adapter: Mapping[str, Path]
     json: bool
 
 
@@ -38,6 +43,20 @@ def _blocks(ctx: click.Context, param: click.Parameter, value: str | None) -> tu
     if not int(start) < int(end):
         raise click.BadParameter(f"{value!r} holds no block: A must be less than B", ctx, param)
     return int(start), int(end)
+
+
+def _adapters(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for value in values:
+        name, equals, directory = value.partition("=")
+        if not (equals and directory and re.fullmatch(r"[\w.-]+", name, re.ASCII)) or len(name) > MAX_WORD:
+            raise click.BadParameter(f"{value!r} is not NAME=DIR (letters, digits and ._- in the name)", ctx, param)
+        if name in found:
+            raise click.BadParameter(f"two adapters of the name {name!r}", ctx, param)
+        found[name] = Path(directory)
+    if len(found) > MAX_ADAPTERS:
+        raise click.BadParameter(f"{len(found)} adapters, a server holds {MAX_ADAPTERS} at most", ctx, param)
+    return found
 
 
 @click.command(name="serve", help="Serve some blocks of MODEL to other peers until told to stop (SIGTERM drains).")
@@ -54,6 +73,9 @@ def _blocks(ctx: click.Context, param: click.Parameter, value: str | None) -> tu
 @click.option("--cache", type=SIZE, metavar="SIZE", help="Memory for KV caches.  [default: a quarter of what is free]")
 @click.option("--idle", type=click.FloatRange(1.5, 86_400), metavar="SECONDS", help="Keep unused sessions so long.")
 @click.option("--no-push", is_flag=True, help="Send outputs to clients only, never to the next server.")
+@click.option(
+    "--adapter", multiple=True, callback=_adapters, metavar="NAME=DIR", help="Hold a LoRA adapter (PEFT's files) too."
+)
 @click.option("--json", "json_", is_flag=True, help="Say in one JSON line when ready.")
 @swarm_options
 def command(swarm: SwarmOptions, json_: bool, no_push: bool, **options: Any) -> None:

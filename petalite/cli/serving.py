@@ -13,6 +13,7 @@ import torch
 import trio
 
 from petalite import __version__
+from petalite.bloom.adapters import load_lora
 from petalite.bloom.cache import bytes_per_token
 from petalite.bloom.checkpoint import block_shapes
 from petalite.bloom.config import BloomConfig
@@ -149,6 +150,7 @@ def _service_options(
         spare_blocks=lambda: blocks_that_fit(free_memory(device), block_bytes, 0, RESERVE_BYTES),
         idle_seconds=options.idle or SESSION_IDLE_SECONDS,
         push=options.push,
+        adapters={name: load_lora(path, config) for name, path in options.adapter.items()},
         fetch=lambda start, end: find_model(options.model, blocks_part(start, end)),
         threads=threads,
     )

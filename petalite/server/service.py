@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +19,7 @@ import torch
 import trio
 
 from petalite import limits
+from petalite.bloom.adapters import Lora, stack
 from petalite.bloom.config import BloomConfig
 from petalite.bloom.loading import load_span
 from petalite.bloom.manifest import Manifest
@@ -74,8 +75,9 @@ class ServiceOptions:
     """What to serve and with what. `blocks` None: chosen, and moved, by what helps the swarm; `capacity` blocks then.
 
     `cache_tokens(blocks)`: KV cache for a span of so many blocks, in tokens. `spare_blocks()`: how many blocks fit
-    into memory beside what is held. `threads`: the most that torch may use. `fetch(start, end)` brings the files of
-    blocks [start, end) into `directory` where that is not whole.
+    into memory beside what is held. `threads`: the most that torch may use. `adapters`: low-rank adapters by the names
+    that clients call them. `fetch(start, end)` brings the files of blocks [start, end) into `directory` where that is
+    not whole.
     """
 
     directory: Path
@@ -93,6 +95,7 @@ class ServiceOptions:
     idle_seconds: float = limits.SESSION_IDLE_SECONDS
     push: bool = True
     check_seconds: float = CHECK_SECONDS
+    adapters: Mapping[str, Lora] = field(default_factory=dict)
     fetch: Callable[[int, int], object] | None = None
 
 
@@ -302,6 +305,9 @@ class Service:
             cache_tokens=options.cache_tokens(span.size),
             quantize=options.quantize,
             idle_seconds=options.idle_seconds,
+            adapters={
+                name: self._on_device(stack(lora, span.start, span.end)) for name, lora in options.adapters.items()
+            },
             runner=self._runner or counted,
             here=None if self._runner else counted.here,
         )
@@ -315,6 +321,10 @@ class Service:
             raise PetaliteError("the service is not running")
         await self._nursery.start(server.run)
         return server
+
+    def _on_device(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        options = self.options
+        return {name: tensor.to(device=options.device, dtype=options.dtype) for name, tensor in tensors.items()}
 
     async def _blocking(self, function: Callable[[], T]) -> T:
         """Run what takes long off the event loop."""
