@@ -23,6 +23,7 @@ from petalite.bloom.adapters import Lora, stack
 from petalite.bloom.config import BloomConfig
 from petalite.bloom.loading import load_span
 from petalite.bloom.manifest import Manifest
+from petalite.bloom.packed import pack
 from petalite.bloom.span import Span as BloomSpan
 from petalite.dht.ids import model_key, models_key
 from petalite.errors import ErrorCode, HandshakeError, PeerLost, PeerUnreachable, PetaliteError, RequestError
@@ -281,7 +282,7 @@ class Service:
         """Read the blocks in a worker thread, measure them, and start serving them."""
         options = self.options
 
-        def read() -> tuple[BloomSpan, int, tuple[float, float]]:
+        def read() -> tuple[BloomSpan, str, int, tuple[float, float]]:
             if options.fetch is not None:
                 options.fetch(span.start, span.end)
             loaded = load_span(
@@ -294,9 +295,12 @@ class Service:
                 progress=lambda done, total: self._progress(f"loading blocks {span}", done, total),
                 manifest=options.manifest,
             )
-            return loaded, *best_threads(loaded, options.threads)
+            reason = pack(loaded) if options.device.type == "cpu" else ""
+            return loaded, reason, *best_threads(loaded, options.threads)
 
-        blocks, threads, self._rates = await self._blocking(read)
+        blocks, reason, threads, self._rates = await self._blocking(read)
+        if reason:
+            self._notice(f"running with weights as they are: {reason}")
         counted = CountedThreads(threads)
         server = BlockServer(
             blocks,

@@ -16,6 +16,7 @@ from trio.testing import MockClock
 import petalite
 from petalite.bloom.config import BloomConfig
 from petalite.bloom.loading import load_span
+from petalite.bloom.packed import PackedLinear, pack
 from petalite.bloom.manifest import load_or_make
 from petalite.client.api import RemoteModel
 from petalite.errors import PetaliteError
@@ -165,6 +166,9 @@ async def test_servers_share_the_blocks_and_a_client_finds_them_through_any_one(
         third = await swarm.serve(peers=[second.address])
         assert {first.blocks, second.blocks} == {(0, 4), (4, 8)}
         assert third.blocks in {(0, 4), (4, 8), (2, 6), (1, 5), (3, 7)}
+        loaded = first.service.current
+        assert loaded
+        assert pack(loaded.span) or any(isinstance(part, PackedLinear) for part in loaded.span.modules())
         async with swarm.client(third.address) as model:
             text = await model.generate_text("Once upon a time", max_new_tokens=24)
             assert text == text_of(model, told_alone)

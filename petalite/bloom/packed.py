@@ -1,0 +1,125 @@
+"""The fast way on a CPU: the products of a block by oneDNN, with the weights in the order in which it reads them.
+
+torch gives float32 products to MKL, which on processors that are not Intel's needs up to three times as long for a few
+rows; and its own int8 product turns weights back into floats. `pack` puts the modules of this file in the place of
+`nn.Linear` and `Int8Linear`, one by one, so that no more than one matrix exists twice. Their formulas are the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from petalite.bloom.quantize import Int8Linear
+from petalite.bloom.span import Span
+
+# An input of an int8 product is an integer of 16 bits, this times its row's largest number at most (see PackedInt8).
+_LARGEST = 127 * 256
+_ZERO = 128 * 256
+
+
+def pack(span: Span) -> str:
+    """Pack the weights of `span` in place; "" or why they stay as they are. Blocking."""
+    if span.device.type != "cpu":
+        return "not on a CPU"
+    reason = _missing(span.dtype)
+    if reason:
+        return reason
+    for part in (part for layer in span.layers for part in (layer.self_attention, layer.mlp)):
+        for name, linear in list(part.named_children()):
+            if isinstance(linear, nn.Linear):
+                setattr(part, name, PackedLinear(linear))
+            elif isinstance(linear, Int8Linear) and torch.cpu._is_vnni_supported():
+                setattr(part, name, PackedInt8(linear))
+    return ""
+
+
+def _missing(dtype: torch.dtype) -> str:
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return "torch is built without oneDNN"
+    name = str(dtype).removeprefix("torch.")
+    probe = {"bfloat16": "_is_mkldnn_bf16_supported", "float16": "_is_mkldnn_fp16_supported"}.get(name)
+    able = probe is None or getattr(torch.ops.mkldnn, probe)()
+    return "" if able else f"oneDNN has no products of {name} on this processor"
+
+
+class PackedLinear(nn.Module):
+    """`nn.Linear` with weights that only oneDNN can read. Differentiable in x."""
+
+    weight: Tensor
+
+    def __init__(self, plain: nn.Linear) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.ops.mkldnn._reorder_linear_weight(plain.weight.detach(), None))
+        self.bias = plain.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, in) -> (N, out)."""
+        if x.requires_grad and torch.is_grad_enabled():
+            return _Differentiable.apply(x, self)  # type: ignore[no-any-return, no-untyped-call]
+        return self.product(x)
+
+    def product(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return y
+
+    def plain_weight(self) -> Tensor:
+        """(out, in), made anew: backward passes read it once."""
+        return self.weight.to_dense()
+
+
+class PackedInt8(nn.Module):
+    """`Int8Linear` where the processor multiplies bytes (VNNI). Differentiable in x.
+
+    It multiplies unsigned by signed bytes only. So each row of x becomes integers of 16 bits, which keeps more of it
+    than bfloat16 would, and their high and low bytes are two rows of the product: x = s (256 high + low - 32,768).
+    """
+
+    weight: Tensor
+    scale: Tensor
+
+    def __init__(self, plain: Int8Linear) -> None:
+        super().__init__()
+        codes = plain.weight
+        self.register_buffer("weight", torch.ops.onednn.qlinear_prepack(codes, None))
+        self.register_buffer("scale", plain.scale)
+        self.register_buffer("_zeros", torch.zeros(codes.shape[0], dtype=torch.int32))
+        self.register_buffer("_offset", codes.sum(dim=1, dtype=torch.int32) * plain.scale * _ZERO)
+        self.bias = plain.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, in) -> (N, out)."""
+        if x.requires_grad and torch.is_grad_enabled():
+            return _Differentiable.apply(x, self)  # type: ignore[no-any-return, no-untyped-call]
+        return self.product(x)
+
+    def product(self, x: Tensor) -> Tensor:
+        N, K = x.shape
+        wide = x.to(torch.float32)
+        step = wide.abs().amax(dim=1, keepdim=True).clamp_(min=1e-30).div_(_LARGEST)
+        integers = (wide / step).round_().add_(_ZERO).to(torch.int32).to(torch.uint16)
+        rows = integers.view(torch.uint8).view(N, K, 2).permute(2, 0, 1).reshape(2 * N, K)  # all low bytes, all high
+        low, high = torch.ops.onednn.qlinear_pointwise(
+            rows, 1.0, 0, self.weight, self.scale, self._zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        ).split(N)
+        y = torch.addcmul(self.bias, low.add_(high, alpha=256).sub_(self._offset), step)
+        return y.to(x.dtype)
+
+    def plain_weight(self) -> Tensor:
+        """(out, in) in float32, made anew: backward passes read it once."""
+        return self.weight.to_dense().T * self.scale[:, None]
+
+
+class _Differentiable(torch.autograd.Function):
+    """A packed product, and the way back through its plain weight: the weight itself is never learned."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: PackedLinear | PackedInt8) -> Tensor:
+        ctx.layer = layer
+        return layer.product(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad @ ctx.layer.plain_weight().to(grad.dtype), None
