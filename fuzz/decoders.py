@@ -18,6 +18,7 @@ from petalite.lan.announcement import Announcement
 from petalite.wire import certificate, frames, packing, tensors
 from petalite.wire.hello import Hello
 from petalite.wire.messages import METHODS
+from petalite.wire.training import TRAINING_METHODS
 
 Target = Callable[[bytes], None]
 
@@ -93,7 +94,7 @@ def fuzz_tensors(data: bytes) -> None:
     check(array.dtype == tensors.DTYPES[found[0].dtype] or array.dtype == np.float32, "another type")
 
 
-_MESSAGES = tuple(kind for pair in METHODS.values() for kind in pair)
+_MESSAGES = tuple(kind for pair in (METHODS | TRAINING_METHODS).values() for kind in pair)
 
 
 def fuzz_messages(data: bytes) -> None:

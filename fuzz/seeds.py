@@ -18,6 +18,7 @@ from petalite.lan.announcement import Announcement
 from petalite.wire import certificate, frames, packing, tensors
 from petalite.wire.hello import Hello
 from petalite.wire.messages import METHODS
+from petalite.wire.training import TRAINING_METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 SPEC = ROOT / "spec"
@@ -165,6 +166,8 @@ def _examples() -> dict[str, list[dict[str, Any]]]:
     info |= {"codecs": ["raw"], "max_len": 2048, "max_batch": 8, "cache_left": 9, "state": "online", "version": "1"}
     info |= {"next_hops": [{"id": bytes(8), "us": 5}], "moving_to": [4, 8], "addrs": ["127.0.0.1:1"], "queue": 3}
     opening = {"sid": _SID, "model": _MODEL, "blocks": [0, 4], "max_len": 8, "batch": 1, "dtype": "f16", "codec": "raw"}
+    tensor = {"n": "h", "d": "f16", "s": [1, 2, 64], "c": "raw"}
+    passing = {"model": _MODEL, "blocks": [0, 4], "t": [tensor]}
     return {
         "info": [{}, info],
         "manifest": [{"model": _MODEL}, {"t": [{"n": "manifest", "d": "u8", "s": [5], "c": "raw"}]}],
@@ -175,15 +178,18 @@ def _examples() -> dict[str, list[dict[str, Any]]]:
         "close": [{"sid": _SID}, {}],
         "await": [{"sid": _SID, "n": 1}, done],
         "push": [step | {"owner": _PEER}, {}],
+        "forward": [passing | {"taps": [1]}, {"t": [tensor]}],
+        "backward": [passing | {"wanted": ["h"], "t": [tensor, tensor | {"n": "grad"}]}, {"t": [tensor]}],
     }
 
 
 def _messages() -> Iterator[bytes]:
     known = _examples()
-    for number, name in enumerate(METHODS):
+    methods = METHODS | TRAINING_METHODS
+    for number, name in enumerate(methods):
         for side, head in enumerate(known.get(name, [{}, {}])):
             yield bytes([2 * number + side]) + packing.encode(head)
-    yield from (bytes([kind % len(METHODS) * 2]) + data for kind, data in enumerate(vector_bytes("messages")))
+    yield from (bytes([kind % len(methods) * 2]) + data for kind, data in enumerate(vector_bytes("messages")))
 
 
 def _manifest() -> Iterator[bytes]:

@@ -13,15 +13,8 @@ from typing import TypeVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from petalite.bloom.adapters import TARGETS
 from petalite.bloom.blocks import Block
-
-# Product -> the part of a block that holds it.
-TARGETS: Mapping[str, str] = {
-    "query_key_value": "self_attention",
-    "dense": "self_attention",
-    "dense_h_to_4h": "mlp",
-    "dense_4h_to_h": "mlp",
-}
 
 
 class LowRankLinear(nn.Module):
@@ -45,18 +38,18 @@ def adapted(block: Block, adapter: Mapping[str, Tensor]) -> Block:
     other names are left aside.
     """
     changes = {
-        target: (adapter[f"{target}.lora_A"], adapter[f"{target}.lora_B"])
-        for target in TARGETS
+        layer: (adapter[f"{target}.lora_A"], adapter[f"{target}.lora_B"])
+        for target, layer in TARGETS.items()
         if f"{target}.lora_A" in adapter
     }
     if not changes:
         return block
     made = _shallow(block)
-    for part in {TARGETS[target] for target in changes}:
+    for part in {layer.partition(".")[0] for layer in changes}:
         made._modules[part] = _shallow(getattr(block, part))
-    for target, (a, b) in changes.items():
-        inner = getattr(made, TARGETS[target])
-        inner._modules[target] = LowRankLinear(getattr(inner, target), a, b)
+    for layer, (a, b) in changes.items():
+        part, _, name = layer.partition(".")
+        made.get_submodule(part)._modules[name] = LowRankLinear(block.get_submodule(layer), a, b)
     return made
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 import torch
@@ -10,11 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from petalite import limits
-from petalite.bloom.lora import TARGETS
+from petalite.bloom.adapters import parse_name
 from petalite.swarm.snapshot import Span
 from petalite.wire.training import LORA_TARGETS
-
-_NAME = re.compile(r"transformer\.h\.(\d+)\.(self_attention|mlp)\.(\w+)\.lora_([AB])\.weight")
 
 
 def stack_adapter(adapter: Mapping[str, Tensor], blocks: Span, hidden: int, scaling: float = 1.0) -> dict[str, Tensor]:
@@ -28,7 +25,11 @@ def stack_adapter(adapter: Mapping[str, Tensor], blocks: Span, hidden: int, scal
     """
     parts: dict[str, dict[tuple[int, str], Tensor]] = {}
     for name, tensor in adapter.items():
-        index, target, side = _parse(name)
+        parsed = parse_name(name)
+        if parsed is None:
+            raise ValueError(f"adapter tensor {name[:100]!r} is none of a LoRA adapter of BLOOM's layers")
+        index, layer, side = parsed
+        target = layer.rpartition(".")[2]
         if index in blocks:
             parts.setdefault(target, {})[index, side] = tensor
     made = {}
@@ -41,13 +42,6 @@ def stack_adapter(adapter: Mapping[str, Tensor], blocks: Span, hidden: int, scal
         made[f"{target}.lora_A"] = torch.stack([F.pad(each, (0, 0, 0, rank - each.shape[0])) for each in a])
         made[f"{target}.lora_B"] = torch.stack([F.pad(each, (0, rank - each.shape[1])) for each in b]) * scaling
     return made
-
-
-def _parse(name: str) -> tuple[int, str, str]:
-    match = _NAME.fullmatch(name)
-    if match is None or TARGETS.get(match[3]) != match[2]:
-        raise ValueError(f"adapter tensor {name!r}: not the name of a low-rank change of one of {', '.join(TARGETS)}")
-    return int(match[1]), match[3], match[4]
 
 
 def _checked_rank(target: str, found: Mapping[tuple[int, str], Tensor], hidden: int) -> int:

@@ -397,9 +397,10 @@ class Service:
                 await self._announce_now.wait()
 
     def _fitting(self, described: messages.InfoReply) -> messages.InfoReply:
-        """As much of it as a record takes: latencies go first, then addresses (PT-ANN-002)."""
+        """As much of it as a record takes: latencies go first, then addresses, then adapters (PT-ANN-002)."""
         shorter = [described, dataclasses.replace(described, next_hops=None)]
         shorter.append(dataclasses.replace(shorter[-1], addrs=(described.addrs or ())[:2]))
+        shorter.append(dataclasses.replace(shorter[-1], adapters=None))
         return next((each for each in shorter if len(encode(each.to_wire())) <= MOST_RECORD), shorter[-1])
 
     # Moving

@@ -15,6 +15,7 @@ import client_defects
 import defects
 import session_defects  # noqa: F401 - registers
 import torch
+import training_defects  # noqa: F401 - registers
 import trio
 
 from petalite.bloom.loading import load_span

@@ -6,6 +6,7 @@ import client_defects
 import defects
 import pytest
 import session_defects  # noqa: F401 - registers
+import training_defects  # noqa: F401 - registers
 from try_mutants import failing
 from zygote import Zygote
 
@@ -18,6 +19,7 @@ QUICK = [
     "says-nothing-to-other-versions", "answers-ping-with-zeros", "uses-a-nonce-twice", "takes-bools-for-integers",
     "shows-tracebacks", "rounds-int8-towards-zero", "computes-with-nan", "tells-that-a-session-exists",
     "forgets-a-rollback", "ignores-padding", "gives-another-code-for-a-gap", "computes-other-numbers",
+    "counts-padding-as-tokens", "loses-the-gradients-of-taps",
 ]  # fmt: skip
 QUICK_CLIENT = ["takes-any-peer", "sends-early-payload", "takes-nan-in-replies", "uses-one-session-id"]
 

@@ -36,6 +36,7 @@ def failing(zygote: Zygote, side: str, name: str, cases: tuple[str, ...]) -> lis
 
 def run(arguments: list[str]) -> int:
     import session_defects  # noqa: F401 - registers
+    import training_defects  # noqa: F401 - registers
     from client_defects import CLIENT
     from defects import SERVER
 

@@ -10,7 +10,7 @@ import pytest
 
 from petalite.errors import ErrorCode, GoAwayCode, RemoteProtocolError, RequestError
 from petalite.identity import Identity, PeerId, SwarmKey, check_public_key
-from petalite.wire import frames, messages, packing, tensors
+from petalite.wire import frames, messages, packing, tensors, training
 from petalite.wire.handshake import Handshake, Role
 from petalite.wire.noise import TransportCipher
 from petalite.wire.records import RecordReader, RecordWriter
@@ -175,7 +175,7 @@ MESSAGES = load("messages")
 
 @named(MESSAGES["good"])
 def test_a_message(vector: dict[str, Any]) -> None:
-    kind = getattr(messages, vector["kind"])
+    kind = getattr(messages, vector["kind"], None) or getattr(training, vector["kind"])
     made = kind.from_wire(packing.decode(bytes.fromhex(vector["hex"])))
     assert packing.encode(made.to_wire()).hex() == vector["hex"]
 
@@ -183,5 +183,7 @@ def test_a_message(vector: dict[str, Any]) -> None:
 @named(MESSAGES["bad"])
 def test_a_bad_message(vector: dict[str, Any]) -> None:
     with pytest.raises(RequestError) as caught:
-        messages.METHODS[vector["method"]][0].from_wire(packing.decode(bytes.fromhex(vector["hex"])))
+        (messages.METHODS | training.TRAINING_METHODS)[vector["method"]][0].from_wire(
+            packing.decode(bytes.fromhex(vector["hex"]))
+        )
     assert caught.value.code is ErrorCode[vector["error"].upper()]
