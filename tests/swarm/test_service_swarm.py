@@ -16,8 +16,8 @@ from trio.testing import MockClock
 import petalite
 from petalite.bloom.config import BloomConfig
 from petalite.bloom.loading import load_span
-from petalite.bloom.packed import PackedLinear, pack
 from petalite.bloom.manifest import load_or_make
+from petalite.bloom.packed import PackedLinear, pack
 from petalite.client.api import RemoteModel
 from petalite.errors import PetaliteError
 from petalite.identity import Address, Identity
