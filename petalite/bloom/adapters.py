@@ -111,23 +111,6 @@ def load_lora(directory: Path | str, config: BloomConfig) -> Lora:
     return Lora(tensors=tensors, rank=rank, alpha=alpha, rank_stabilized=rank_stabilized)
 
 
-def stack(lora: Lora, start: int, end: int) -> dict[str, Tensor]:
-    """What the blocks [start, end) take: "query_key_value.lora_A" -> (blocks, rank, in), "...lora_B" -> (blocks, out,
-    rank), the scaling in B. A block without a change of a layer that others have gets zeros, which change nothing.
-    """
-    parts: dict[str, dict[int, Tensor]] = {}
-    for name, tensor in lora.tensors.items():
-        block, layer, side = parse_name(name) or (-1, "", "")
-        if start <= block < end:
-            scaled = tensor * lora.scaling if side == "B" else tensor
-            parts.setdefault(f"{layer.rpartition('.')[2]}.lora_{side}", {})[block] = scaled
-    made = {}
-    for key, found in parts.items():
-        nothing = torch.zeros_like(next(iter(found.values())))
-        made[key] = torch.stack([found.get(block, nothing) for block in range(start, end)])
-    return made
-
-
 def check_shapes(shapes: Mapping[str, tuple[int, ...]], config: BloomConfig, rank: int) -> None:
     """Whether these are all tensors of an adapter of that rank. Raises ValueError naming the tensor."""
     if not shapes:

@@ -29,9 +29,11 @@ class BatchPlanner(Planner):
         self._load: Counter[PeerId] = Counter()
 
     def routes(
-        self, blocks: Span, *, without: frozenset[PeerId] = frozenset(), any_class: bool = False
+        self, blocks: Span, tokens: int, *, without: frozenset[PeerId] = frozenset(), any_class: bool = False
     ) -> tuple[Route, ...] | NoRoute | None:
-        """All routes to use now, of one compute class if one covers the blocks; None if nobody serves the model."""
+        """All routes to use now for pieces of `tokens`, of one compute class if one covers the blocks; None if nobody
+        serves the model.
+        """
         self._node.directory.touch()
         snapshot = self._node.directory.snapshot(self._terms.model)
         if snapshot is None:
@@ -39,7 +41,7 @@ class BatchPlanner(Planner):
         needs = Needs(
             blocks=blocks,
             codec=self._terms.codec,
-            training=True,
+            training_tokens=tokens,
             adapter=self._adapter,
             without=without | self._judge.avoided(trio.current_time()),
         )
@@ -65,7 +67,7 @@ class BatchPlanner(Planner):
         self, blocks: Span, tokens: int, *, without: frozenset[PeerId] = frozenset(), any_class: bool = False
     ) -> Route | NoRoute | None:
         """The route that would be through first with `tokens` more, after what it has from us already."""
-        routes = self.routes(blocks, without=without, any_class=any_class)
+        routes = self.routes(blocks, tokens, without=without, any_class=any_class)
         snapshot = self._node.directory.snapshot(self._terms.model)
         if not isinstance(routes, tuple) or snapshot is None:
             return None if isinstance(routes, tuple) else routes
@@ -99,8 +101,8 @@ class BatchPlanner(Planner):
         finally:
             self._load -= claim
 
-    def training_tokens(self) -> int:
-        """The most tokens that every server takes in one request; 0 where nobody trains."""
+    def offers(self) -> list[int]:
+        """How many tokens servers take in one request, the most first."""
         snapshot = self._node.directory.snapshot(self._terms.model)
-        offers = [server.training_tokens for server in snapshot.servers if server.training_tokens] if snapshot else []
-        return min(offers, default=0)
+        found = {server.training_tokens for server in snapshot.servers} if snapshot else set()
+        return sorted(found - {0}, reverse=True)

@@ -132,6 +132,7 @@ class Passes:
 
         Raises SessionError (no way to go on), RequestError (servers agree that it is our fault), LocalProtocolError.
         """
+        self._planner(given).compute_class = None  # servers of another kind than last time may be the only ones now
         output = torch.empty_like(hidden)
         done = Pass(blocks, output, [torch.empty_like(hidden) for _ in range(taps * (blocks.size - 1))])
         pieces, at_once = self._cut(blocks, hidden.shape, given, taps)
@@ -188,19 +189,29 @@ class Passes:
         batch, tokens, hidden = map(int, shape)
         if hidden != self.config.hidden_size:
             raise LocalProtocolError(f"hidden states of width {hidden}, the model has {self.config.hidden_size}")
-        routes = self._planner(given).routes(blocks)
-        servers = len({hop.peer for route in routes for hop in route.hops}) if isinstance(routes, tuple) else 1
-        token_bytes = encoded_size(self._known_terms().descriptor(1))
-        most = min(self._planner(given).training_tokens(), max(tokens, PIECE_BYTES // token_bytes))
-        if tokens > most > 0:
-            raise LocalProtocolError(f"rows of {tokens} tokens, servers take {most} in one request")
-        # An adapter travels with every piece: it should not outweigh what it is for.
-        least = max(LEAST_TOKENS, given.block_bytes * blocks.size // (4 * token_bytes))
-        even = math.ceil(batch / (servers * PIECES_A_SERVER)) if servers > 1 else batch
-        rows = max(1, min(max(even, math.ceil(least / tokens)), most // tokens or 1))
+        if tokens > limits.MAX_TRAINING_TOKENS:
+            raise LocalProtocolError(f"rows of {tokens} tokens, the limit is {limits.MAX_TRAINING_TOKENS}")
+        servers, rows = self._share(blocks, batch, tokens, given)
         cuts = [slice(first, min(first + rows, batch)) for first in range(0, batch, rows)]
         pieces = [self._piece(blocks, cut, tokens, given, taps) for cut in cuts]
         return pieces, trio.Semaphore(PIECES_A_SERVER * servers)
+
+    def _share(self, blocks: Span, batch: int, tokens: int, given: Given) -> tuple[int, int]:
+        """How many servers there are for it, and how many rows a piece should have."""
+        token_bytes = encoded_size(self._known_terms().descriptor(1))
+        # An adapter travels with every piece: it should not outweigh what it is for.
+        least = max(LEAST_TOKENS, given.block_bytes * blocks.size // (4 * token_bytes))
+        planner, most = self._planner(given), max(tokens, PIECE_BYTES // token_bytes)
+        servers, rows = 1, max(1, min(batch, limits.MAX_TRAINING_TOKENS // tokens))
+        for offer in planner.offers():
+            largest = max(1, min(batch, min(offer, most) // tokens))
+            routes = planner.routes(blocks, largest * tokens)
+            if isinstance(routes, tuple):
+                servers = len({hop.peer for route in routes for hop in route.hops})
+                even = math.ceil(batch / (servers * PIECES_A_SERVER)) if servers > 1 else batch
+                rows = min(max(even, math.ceil(least / tokens)), largest)
+                break
+        return servers, rows
 
     def _piece(self, blocks: Span, rows: slice, tokens: int, given: Given, taps: bool) -> _Piece:
         return _Piece(self, self._planner(given), self._known_terms(), blocks, rows, tokens, given, taps)

@@ -10,8 +10,9 @@ import trio
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from petalite.bloom.config import BloomConfig
+from petalite.bloom.lora import stack_adapter
 from petalite.client.blocking import Portal
-from petalite.client.lora import stack_adapter
 from petalite.client.passes import Given, Loss, Pass, Passes
 from petalite.errors import LocalProtocolError
 from petalite.swarm.snapshot import Span
@@ -91,8 +92,8 @@ class RemoteBlocks(nn.Module):
         return self._passes.forward(self.span, hidden, given, taps=taps)
 
     @property
-    def hidden_size(self) -> int:
-        return self._passes.config.hidden_size
+    def config(self) -> BloomConfig:
+        return self._passes.config
 
 
 class _Arguments:
@@ -118,11 +119,11 @@ class _Arguments:
         if prompts is not None:
             self.inputs["prompts"] = prompts
         if isinstance(adapter, Mapping):
-            self.inputs |= stack_adapter(adapter, blocks.span, blocks.hidden_size, scaling)
+            self.inputs |= stack_adapter(adapter, blocks.config, blocks.start, blocks.end, scaling)
         self._check(mask, prompts)
 
     def _check(self, mask: Tensor | None, prompts: Tensor | None) -> None:
-        hidden, C = self.hidden, self.blocks.hidden_size
+        hidden, C = self.hidden, self.blocks.config.hidden_size
         if hidden.dim() != 3 or hidden.shape[2] != C or not hidden.numel() or not hidden.is_floating_point():
             raise ValueError(f"hidden states are {hidden.dtype} of {tuple(hidden.shape)}, must be floats (B, T, {C})")
         B, T, _ = hidden.shape

@@ -19,9 +19,10 @@ import torch
 import trio
 
 from petalite import limits
-from petalite.bloom.adapters import Lora, stack
+from petalite.bloom.adapters import Lora
 from petalite.bloom.config import BloomConfig
 from petalite.bloom.loading import load_span
+from petalite.bloom.lora import stack_adapter
 from petalite.bloom.manifest import Manifest
 from petalite.bloom.packed import pack
 from petalite.bloom.span import Span as BloomSpan
@@ -310,7 +311,8 @@ class Service:
             quantize=options.quantize,
             idle_seconds=options.idle_seconds,
             adapters={
-                name: self._on_device(stack(lora, span.start, span.end)) for name, lora in options.adapters.items()
+                name: self._on_device(stack_adapter(lora.tensors, options.config, span.start, span.end, lora.scaling))
+                for name, lora in options.adapters.items()
             },
             runner=self._runner or counted,
             here=None if self._runner else counted.here,

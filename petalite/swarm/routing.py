@@ -63,8 +63,8 @@ class Needs:
     compute_class: tuple[str, str] | None = None
     """Only servers of this `(dtype, quant)`, so that the text stays the same."""
     codec: str | None = None
-    training: bool = False
-    """Only servers that answer forward and backward."""
+    training_tokens: int = 0
+    """Only servers that take so many tokens in one forward or backward."""
     adapter: str | None = None
     """Only servers that hold this adapter."""
     push: bool = True
@@ -198,7 +198,7 @@ def _stops(
         for s in online
         if (needs.compute_class is None or s.compute_class == needs.compute_class)
         and (needs.codec is None or needs.codec in s.codecs)
-        and (s.training_tokens > 0 or not needs.training)
+        and s.training_tokens >= needs.training_tokens
         and (needs.adapter is None or needs.adapter in s.adapters)
     ]
     trusted = [s for s in wanted if not bans.banned(s.peer, now)]
@@ -231,7 +231,7 @@ def _stops(
 
 def _what_is_wanted(needs: Needs) -> str:
     asked = ["with the compute class and codec asked for"]
-    asked += ["that trains"] * needs.training
+    asked += [f"that trains with {needs.training_tokens} tokens at a time"] * (needs.training_tokens > 0)
     asked += [f"that has adapter {needs.adapter!r}"] * (needs.adapter is not None)
     return f"no server {' and '.join(asked)} holds them"
 

@@ -304,3 +304,105 @@ def test_greedy_prefills_do_not_double_anybodys_step(blocks, step, gap) -> None:
     settled = sorted(waits[50:])
     assert settled[len(settled) // 2] + gap <= 2 * (step + gap)
     assert prefilled > 200  # and the prefills go on
+
+
+# --- training
+
+
+def training(owner: str = "t", blocks: int = 10**9) -> Job:
+    """A pass of so many blocks."""
+    made = job(512, owner=owner)
+    made.training = True
+    made.work = blocks
+    return made
+
+
+def run_training(batch: Batch, scheduler: Scheduler, now: float, block: float, until: float) -> float:
+    """A slice: blocks until others wait (at `until`) or the pass is through. The time after it."""
+    (each,) = batch.jobs
+    end = now
+    while each.work and (end == now or end < until):
+        each.work -= 1
+        end += block
+    if not each.work:
+        each.done = each.tokens
+    scheduler.finished(batch, end - now)
+    return end
+
+
+def share_beside_decoding(step: float, think: float, block: float, seconds: float = 60.0) -> tuple[float, list[float]]:
+    """One peer decodes, thinking between steps, one trains without end: training's share, and each step's seconds."""
+    scheduler, now, trained = Scheduler(), 0.0, 0.0
+    scheduler.add(training())
+    arrives, waits, taken = 0.0, False, []
+    while now < seconds:
+        if not waits and now >= arrives:
+            scheduler.add(job(1))
+            waits = True
+        batch = scheduler.next_batch(now)
+        if batch is None:
+            now = min(arrives if not waits else float("inf"), scheduler.wake_at(now))
+        elif batch.training:
+            end = run_training(batch, scheduler, now, block, now if waits else arrives)
+            trained, now = trained + end - now, end
+        else:
+            run(batch, scheduler, step)
+            now += step
+            taken.append(now - arrives)
+            arrives, waits = now + think, False
+    return trained / now, taken
+
+
+@pytest.mark.parametrize("block", [0.0003, 0.002, 0.01, 0.05])
+@pytest.mark.parametrize(("step", "think"), [(0.002, 0.001), (0.002, 0.0), (0.05, 0.01), (0.02, 0.1)])
+def test_training_gets_a_fifth_of_the_time_and_half_of_the_steps_do_not_notice(
+    step: float, think: float, block: float
+) -> None:
+    share, taken = share_beside_decoding(step, think, block)
+    assert share >= 0.19
+    assert sorted(taken)[len(taken) // 2] <= 1.3 * step
+    assert max(taken) <= step + block + module.TRAINING_CREDIT_SECONDS  # and none waits for long
+
+
+def test_training_alone_runs_without_a_pause() -> None:
+    scheduler, now = Scheduler(), 0.0
+    scheduler.add(training(blocks=100))
+    for _ in range(100):
+        batch = scheduler.next_batch(now)
+        assert batch is not None
+        now = run_training(batch, scheduler, now, 0.01, until=now)
+    assert scheduler.next_batch(now) is None
+    assert len(scheduler) == 0
+
+
+def test_training_has_the_model_again_soon_after_the_others_have_gone() -> None:
+    scheduler = Scheduler()
+    scheduler.add(training())
+    scheduler.add(job(1))
+    run_training(some(scheduler.next_batch(0.0)), scheduler, 0.0, 10.0, until=0.0)  # a slow block
+    run(some(scheduler.next_batch(10.0)), scheduler, 0.01)
+    assert scheduler.next_batch(10.01) is None
+    assert scheduler.wake_at(10.01) == 10.0 + module.RECENT_SECONDS
+    assert some(scheduler.next_batch(scheduler.wake_at(10.01))).training
+
+
+def test_training_peers_take_turns_and_leave_when_cancelled() -> None:
+    scheduler = Scheduler()
+    jobs = [training("a"), training("a"), training("b")]
+    for each in jobs:
+        scheduler.add(each)
+    seen = []
+    for number in range(4):
+        batch = some(scheduler.next_batch(float(number)))
+        seen.append(batch.jobs[0])
+        run_training(batch, scheduler, float(number), 0.5, until=0.0)
+    assert seen == [jobs[0], jobs[2], jobs[0], jobs[2]]
+    assert len(scheduler) == 3
+    assert all(scheduler.remove(each) for each in jobs)
+    assert (len(scheduler), scheduler.next_batch(9.0)) == (0, None)
+    assert scheduler.load("a") == 0
+
+
+def some(batch: Batch | None) -> Batch:
+    assert batch is not None
+    return batch
