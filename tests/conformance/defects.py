@@ -363,3 +363,37 @@ def keeps_the_older_connection() -> None:
         before(self, connection)
 
     patch(Endpoint, "_register", register)
+
+
+# --- what no single case can see: `tools/conformance soak` does
+
+LEAKS: dict[str, Callable[[], None]] = {}
+
+
+def leak(apply: Callable[[], None]) -> Callable[[], None]:
+    """Register a server that loses something with each connection, under its function's name."""
+    LEAKS[apply.__name__.replace("_", "-")] = apply
+    return apply
+
+
+@leak
+def remembers_every_connection() -> None:
+    kept: list[bytes] = []
+    accept = Endpoint.accept
+
+    async def heavier(self: Endpoint, transport: Any) -> None:
+        kept.append(os.urandom(1 << 19))
+        await accept(self, transport)
+
+    patch(Endpoint, "accept", heavier)
+
+
+@leak
+def leaves_sockets_open() -> None:
+    accept = Endpoint.accept
+
+    async def forgetful(self: Endpoint, transport: Any) -> None:
+        os.dup(transport._stream.socket.fileno())
+        await accept(self, transport)
+
+    patch(Endpoint, "accept", forgetful)

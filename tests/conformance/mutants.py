@@ -44,8 +44,8 @@ def prepare(directory: Path) -> None:
 
 def serve(request: dict[str, Any], started: Callable[[list[str]], None]) -> None:
     """A server of the formula model in this process, with the defect that `request` names."""
-    if request["serve"]:
-        defects.SERVER[request["serve"]].apply()
+    if name := request["serve"]:
+        defects.LEAKS[name]() if name in defects.LEAKS else defects.SERVER[name].apply()
     trio.run(_serve, request, started)
 
 
@@ -53,7 +53,13 @@ async def _serve(request: dict[str, Any], started: Callable[[list[str]], None]) 
     key = SwarmKey.load(request["key"]) if request.get("key") else None
     allow = frozenset(map(PeerId.parse, request["allow"])) if "allow" in request else None
     span, manifest = _model
-    server = BlockServer(span, manifest, "formula", cache_tokens=CACHE_TOKENS, idle_seconds=request.get("idle", 600))
+    server = BlockServer(
+        span,
+        manifest,
+        "formula",
+        cache_tokens=request.get("cache", CACHE_TOKENS),
+        idle_seconds=request.get("idle", 600),
+    )
     identity = Identity.generate()
     options: dict[str, Any] = {"swarm_key": key, "handlers": server.methods, "agent": "petalite", "allow": allow}
     async with open_endpoint(identity, **options) as endpoint, trio.open_nursery() as nursery:

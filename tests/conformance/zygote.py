@@ -31,6 +31,7 @@ class Zygote:
 
     def __init__(self) -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="zygote-")
+        self.served = 0
         self.path = f"{self._directory.name}/socket"
         model = Path(self._directory.name) / "model"
         model.mkdir()
@@ -44,12 +45,13 @@ class Zygote:
 
     @contextmanager
     def serve(self, defect: str = "", **options: Any) -> Iterator[str]:
-        """A server; gives its address."""
+        """A server; gives its address. `self.served` is its process id."""
         with socket.socket(socket.AF_UNIX) as connection:
             connection.connect(self.path)
             connection.sendall(json.dumps({"serve": defect, **options}).encode())
             connection.settimeout(60)
-            yield json.loads(connection.recv(4096))[0]
+            address, self.served = json.loads(connection.recv(4096))
+            yield address
 
     def command(self, defect: str = "none") -> list[str]:
         """A client, as the command that starts it."""
@@ -84,7 +86,7 @@ def _child(connection: socket.socket, mutants: Any) -> int:
     if "serve" in request:
 
         def started(addresses: list[str]) -> None:
-            connection.sendall(json.dumps(addresses).encode())
+            connection.sendall(json.dumps([addresses[0], os.getpid()]).encode())
             threading.Thread(target=_leave_with, args=(connection,), daemon=True).start()
 
         mutants.serve(request, started)

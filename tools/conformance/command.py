@@ -8,6 +8,7 @@ import random
 import re
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tools.conformance.bench import Keeper, describe
 from tools.conformance.crypto import SwarmKey, parse_peer
 from tools.conformance.link import Target
 from tools.conformance.runner import Result, run_all, run_server_case
+from tools.conformance.soak import Soak
 from tools.conformance.suite import load_cases
 from tools.conformance.verdicts import Failed
 
@@ -28,12 +30,19 @@ def parser() -> argparse.ArgumentParser:
     client = sides.add_parser("client", help="test a client: it is started once for each case")
     client.add_argument("--listen", default="127.0.0.1:0", metavar="HOST:PORT", help="where the test servers listen")
     client.add_argument("command", nargs="*", metavar="COMMAND", help="the client, after --")
-    for side in (server, client):
+    soak = sides.add_parser("soak", help="send a server thousands of hostile connections")
+    soak.add_argument("address", metavar="ADDRESS", help="petalite://PEER_ID@HOST:PORT")
+    soak.add_argument("--pid", type=int, help="the server's process here, whose memory and descriptors count")
+    soak.add_argument("--connections", type=int, default=10_000, metavar="N", help="how many (%(default)s)")
+    soak.add_argument("--rate", type=float, default=25.0, metavar="R", help="how many a second (%(default)s)")
+    for side in (server, client, soak):
         side.add_argument("--swarm-key", type=Path, metavar="FILE", help="key file of a private swarm")
         side.add_argument("--network", default="petalite", help="network id of a public network")
+        side.add_argument("--seed", type=int, help="of whatever is random")
+        side.add_argument("--verbose", action="store_true", help="show transcripts, or kinds of connections")
+    for side in (server, client):
         side.add_argument("--case", action="append", default=[], metavar="GLOB", help="only these cases; repeatable")
         side.add_argument("--level", choices=["must", "should"], default="should", help="must leaves out the SHOULDs")
-        side.add_argument("--seed", type=int, help="of whatever is random in the cases")
         side.add_argument("--quick", action="store_true", help="leave out the cases that wait for clocks or cost much")
         side.add_argument("--report", type=Path, metavar="FILE", help="write a report as JSON")
         side.add_argument("--junit", type=Path, metavar="FILE", help="write a report as JUnit XML")
@@ -41,7 +50,6 @@ def parser() -> argparse.ArgumentParser:
         side.add_argument("--merge", type=Path, action="append", default=[], metavar="FILE",
                           help="further JSON reports that get a column on the page; repeatable")  # fmt: skip
         side.add_argument("--list", action="store_true", help="list the cases and end")
-        side.add_argument("--verbose", action="store_true", help="show transcripts of failures")
     return made
 
 
@@ -49,6 +57,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """0: no case failed; 1: one did; 2: usage, or no case could be run."""
     options = parser().parse_args(arguments)
     load_cases()
+    options.seed = random.randrange(2**32) if options.seed is None else options.seed
+    try:
+        return _soak(options) if options.side == "soak" else _cases(options)
+    except (ValueError, OSError, Failed) as error:
+        print(f"cannot begin: {error}", file=sys.stderr)
+        return 2
+
+
+def _cases(options: argparse.Namespace) -> int:
     cases = registry.select(options.side, options.case, options.level)
     if options.quick:
         cases = [case for case in cases if not case.slow and not case.long]
@@ -59,12 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not cases:
         print("no case matches", file=sys.stderr)
         return 2
-    options.seed = random.randrange(2**32) if options.seed is None else options.seed
-    try:
-        return _server(options, cases) if options.side == "server" else _client(options, cases)
-    except (ValueError, OSError, Failed) as error:
-        print(f"cannot begin: {error}", file=sys.stderr)
-        return 2
+    return _server(options, cases) if options.side == "server" else _client(options, cases)
 
 
 def parse_address(text: str, network: bytes, key: SwarmKey | None) -> Target:
@@ -117,6 +129,18 @@ def _client(options: argparse.Namespace, cases: Sequence[registry.Case]) -> int:
         print(f"client {' '.join(options.command)!a}, seed {options.seed}, {len(cases)} cases")
         results = run_all(cases, harness.run_case, lambda result: _show(result, options.verbose), workers=4)
         return _finish(options, results, harness.agent or "unknown", {"command": list(options.command)})
+
+
+def _soak(options: argparse.Namespace) -> int:
+    target = parse_address(options.address, *_network(options))
+    hello, info = describe(target)
+    print(f"target {str(hello.get('agent') or 'unknown')!a}, seed {options.seed}, {options.connections} connections")
+    soak = Soak(target, info, options.connections, options.rate, options.seed, options.pid, partial(print, flush=True))
+    faults = soak.run()
+    if options.verbose:
+        print(*(f"{count:>6} {kind}" for kind, count in sorted(soak.kinds.items())), sep="\n")
+    print(*faults or ["passed"], sep="\n")
+    return 1 if faults else 0
 
 
 def _show(result: Result, verbose: bool) -> None:

@@ -121,8 +121,15 @@ class Link:
         if data:
             raise Failed(f"expected: closed without a byte; observed: {len(data)} bytes {data[:16].hex()}, then closed")
 
+    def shut_down(self) -> None:
+        """No more will be sent; what the other side sends can still be read."""
+        try:
+            self.sock.shutdown(socket.SHUT_WR)
+        except OSError as error:
+            self.ended = self.ended or f"shutdown: {error.strerror or error}"
+
     def close(self, reset: bool = False) -> None:
-        if reset:
+        if reset and self.sock.fileno() >= 0:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.sock.close()
 
