@@ -102,6 +102,7 @@ class Scheduler:
         self._short: OrderedDict[Hashable, deque[Job]] = OrderedDict()
         self._long: OrderedDict[Hashable, deque[Job]] = OrderedDict()
         self._training: OrderedDict[Hashable, deque[Job]] = OrderedDict()
+        self._passing: Job | None = None  # a training job that is amid its pass
         self._training_at = float("-inf")  # when training may have the model again
         self._slice_seconds = 0.0
         self._taken_at = float("-inf")
@@ -117,7 +118,7 @@ class Scheduler:
     def __len__(self) -> int:
         """Jobs that wait."""
         queues = (*self._short.values(), *self._long.values(), *self._training.values())
-        return sum(map(len, queues)) + (self._begun is not None)
+        return sum(map(len, queues)) + (self._begun is not None) + (self._passing is not None)
 
     @property
     def urgent(self) -> bool:
@@ -147,6 +148,8 @@ class Scheduler:
         queue = queues.get(job.owner, deque())
         if self._begun is job:
             self._begun = None
+        elif self._passing is job:
+            self._passing = None
         elif job in queue:
             queue.remove(job)
             if not queue:
@@ -168,7 +171,7 @@ class Scheduler:
         a block of theirs delays the short steps, twice as long nothing does.
         """
         self._taken_at = now
-        if self._training and now >= self._due_at(now):
+        if self._trains and now >= self._due_at(now):
             return self._training_slice()
         long_waits = self._begun is not None or bool(self._long)
         if self._short or long_waits:
@@ -182,7 +185,11 @@ class Scheduler:
 
     def wake_at(self, now: float) -> float:
         """When to call `next_batch` again though nothing has come: training waits for its share."""
-        return self._due_at(now) if self._training else float("inf")
+        return self._due_at(now) if self._trains else float("inf")
+
+    @property
+    def _trains(self) -> bool:
+        return bool(self._training or self._passing)
 
     def _due_at(self, now: float) -> float:
         """When training may have the model: at once where nobody else has used it for a while."""
@@ -191,12 +198,14 @@ class Scheduler:
         return min(self._training_at, self._busy_at + RECENT_SECONDS)
 
     def _training_slice(self) -> Batch:
-        """Peers take turns, slice by slice."""
-        owner, queue = next(iter(self._training.items()))
-        job = queue.popleft()
-        del self._training[owner]
-        if queue:
-            self._training[owner] = queue
+        """Peers take turns, pass by pass: only one pass at a time takes working memory."""
+        job, self._passing = self._passing, None
+        if job is None:
+            owner, queue = next(iter(self._training.items()))
+            job = queue.popleft()
+            del self._training[owner]
+            if queue:
+                self._training[owner] = queue
         return Batch((job,), (job.tokens,))
 
     def _short_batch(self) -> Batch:
@@ -255,8 +264,7 @@ class Scheduler:
             since = max(self._training_at, self._taken_at - TRAINING_CREDIT_SECONDS)
             self._training_at = since + (1 + TRAINING_PAUSE) * self._slice_seconds
             job = batch.jobs[0]
-            if not job.over:
-                self._training.setdefault(job.owner, deque()).appendleft(job)
+            self._passing = None if job.over else job
             return
         if not batch.long:
             self.short_seconds += (0.2 if self.short_seconds else 1.0) * (seconds - self.short_seconds)

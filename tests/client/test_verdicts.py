@@ -56,6 +56,25 @@ def test_answer_to_open(code: ErrorCode, verdict: Verdict) -> None:
     assert Judge().refused(A, "open", RequestError(code, "no"), 0.0) is verdict
 
 
+@pytest.mark.parametrize("method", ["forward", "backward"])
+@pytest.mark.parametrize(
+    ("code", "detail", "verdict"),
+    [
+        (ErrorCode.TENSOR, {}, Verdict.ACCUSED),
+        (ErrorCode.RESOURCES, {"retry": True}, Verdict.AVOID),
+        (ErrorCode.RESOURCES, {"retry": False}, Verdict.ACCUSED),
+        (ErrorCode.BUSY, {}, Verdict.AGAIN),
+        (ErrorCode.CANCELLED, {}, Verdict.AGAIN),
+        (ErrorCode.NOT_SERVED, {}, Verdict.AVOID),
+        (ErrorCode.UNAVAILABLE, {}, Verdict.AVOID),
+        (ErrorCode.NO_SESSION, {}, Verdict.BAN),
+        (ErrorCode.INTERNAL, {}, Verdict.BAN),
+    ],
+)
+def test_answer_to_a_training_request(method: str, code: ErrorCode, detail: dict[str, bool], verdict: Verdict) -> None:
+    assert Judge().refused(A, method, RequestError(code, "no", detail), 0.0) is verdict
+
+
 def test_a_full_server_is_avoided_as_long_as_it_says_within_our_bounds() -> None:
     judge = Judge()
     judge.refused(A, "open", RequestError(ErrorCode.RESOURCES, "full", {"retry": True, "after": 4000}), 10.0)

@@ -386,19 +386,22 @@ def test_training_has_the_model_again_soon_after_the_others_have_gone() -> None:
     assert some(scheduler.next_batch(scheduler.wake_at(10.01))).training
 
 
-def test_training_peers_take_turns_and_leave_when_cancelled() -> None:
+def test_training_peers_take_turns_pass_by_pass_and_leave_when_cancelled() -> None:
     scheduler = Scheduler()
-    jobs = [training("a"), training("a"), training("b")]
+    jobs = [training("a", 2), training("a", 2), training("b", 2)]
     for each in jobs:
         scheduler.add(each)
     seen = []
-    for number in range(4):
+    for number in range(5):
         batch = some(scheduler.next_batch(float(number)))
         seen.append(batch.jobs[0])
         run_training(batch, scheduler, float(number), 0.5, until=0.0)
-    assert seen == [jobs[0], jobs[2], jobs[0], jobs[2]]
-    assert len(scheduler) == 3
-    assert all(scheduler.remove(each) for each in jobs)
+    assert seen == [jobs[0], jobs[0], jobs[2], jobs[2], jobs[1]]  # one has working memory at a time
+    last = training("b")
+    scheduler.add(last)
+    assert len(scheduler) == 2
+    assert scheduler.remove(last)
+    assert scheduler.remove(jobs[1])
     assert (len(scheduler), scheduler.next_batch(9.0)) == (0, None)
     assert scheduler.load("a") == 0
 

@@ -17,6 +17,7 @@ from petalite.bloom.loading import load_span
 from petalite.bloom.manifest import load_or_make
 from petalite.bloom.synthetic import write_formula_checkpoint
 from petalite.errors import ErrorCode, RequestError
+from petalite.server import scheduler
 from petalite.server.blockserver import BlockServer
 from petalite.server.executor import run_inline
 from petalite.wire import messages, packing
@@ -219,6 +220,35 @@ async def test_a_cancelled_pass_stops_at_the_next_block(tools: Any, make_server:
     assert not server.training.busy
     runner.let_go()
     assert (await forward(client, tools.MODEL, {"h": H}))["h"].shape == H.shape
+
+
+async def test_a_decode_step_goes_between_two_blocks_of_a_pass(tools: Any, make_server: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(scheduler, "TRAINING_CREDIT_SECONDS", 0.0)  # the clock stands still: nothing to make up for
+    runner = tools.HeldRunner()
+    server = await make_server(runner=runner)
+    trainer, client = tools.Client(server), tools.Client(server, tools.BOB)
+    await client.open()
+    done = []
+
+    async def train() -> None:
+        await forward(trainer, tools.MODEL, {"h": H})
+        done.append("pass")
+
+    async def step() -> None:
+        await client.run(tools.hidden(1), 0, 0)
+        done.append("step")
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(train)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.start_soon(step)
+        await trio.testing.wait_all_tasks_blocked()
+        await runner.step()
+        assert done == []  # one block of four
+        await runner.step()
+        assert done == ["step"]
+        runner.let_go()
+    assert done == ["step", "pass"]
 
 
 async def test_a_peer_may_have_so_many_tokens_waiting_and_another_its_own(tools: Any, make_server: Any) -> None:
