@@ -33,7 +33,8 @@ class CacheFull(PetaliteError):
 class Rows:
     """`batch` neighbouring rows of `length` token slots each, reserved together: one session's cache.
 
-    Row i holds `positions[i]` committed tokens.
+    Row i holds `positions[i]` committed tokens. `beside`: further slots that stand for memory which the session takes
+    elsewhere.
     """
 
     pool: CachePool
@@ -43,6 +44,12 @@ class Rows:
     positions: list[int]
     views: tuple[Tensor, ...]  # per block of `blocks` (2, B, H, length, d)
     blocks: slice  # which of the pool's blocks these rows are for
+    beside: int = 0
+
+    @property
+    def slots(self) -> int:
+        """What is taken from the pool."""
+        return self.batch * self.length + self.beside
 
     @property
     def position(self) -> int:
@@ -125,24 +132,26 @@ class CachePool:
         """Token slots not reserved."""
         return sum(slots for _, slots in self._free)
 
-    def would_fit(self, batch: int, length: int, released: Iterable[Rows] = ()) -> bool:
+    def would_fit(self, batch: int, length: int, released: Iterable[Rows] = (), beside: int = 0) -> bool:
         """Whether `reserve` would find room once the rows in `released` were given back."""
-        runs = [*self._free, *((rows.offset, rows.batch * rows.length) for rows in released)]
-        return any(slots >= batch * length for _, slots in _merged(runs))
+        runs = [*self._free, *((rows.offset, rows.slots) for rows in released)]
+        return any(slots >= batch * length + beside for _, slots in _merged(runs))
 
-    def reserve(self, batch: int, length: int, blocks: slice = slice(None)) -> Rows:
+    def reserve(self, batch: int, length: int, blocks: slice = slice(None), beside: int = 0) -> Rows:
         """Take `batch` neighbouring rows of `length` slots, for all blocks of the pool or those of a slice.
+
+        `beside`: so many slots more, which stay unused.
 
         A slot is one of all blocks: a slice takes no less room. Raises `CacheFull` where no free run is long enough.
         """
-        if batch < 1 or length < 1:
-            raise LocalProtocolError(f"cannot reserve {batch} rows of {length} slots")
-        wanted = batch * length
+        if batch < 1 or length < 1 or beside < 0:
+            raise LocalProtocolError(f"cannot reserve {batch} rows of {length} slots and {beside} beside them")
+        wanted = batch * length + beside
         for i, (offset, slots) in enumerate(self._free):
             if slots >= wanted:
                 self._free[i : i + 1] = [(offset + wanted, slots - wanted)] if slots > wanted else []
                 views = self._views(offset, batch, length, blocks)
-                return Rows(self, offset, batch, length, [0] * batch, views, blocks)
+                return Rows(self, offset, batch, length, [0] * batch, views, blocks, beside)
         raise CacheFull(wanted, self.free)
 
     def release(self, rows: Rows) -> None:
@@ -150,7 +159,7 @@ class CachePool:
         if rows.pool is not self or not rows.views:
             raise LocalProtocolError("these rows are not reserved in this pool")
         rows.views = ()
-        self._free = _merged([*self._free, (rows.offset, rows.batch * rows.length)])
+        self._free = _merged([*self._free, (rows.offset, rows.slots)])
 
     def extend(self, rows: Rows, length: int) -> None:
         """Make `rows` `length` slots long, contents kept. Raises `CacheFull` and changes nothing then.
@@ -159,11 +168,11 @@ class CachePool:
         """
         if length <= rows.length:
             return
-        new = self.reserve(rows.batch, length, rows.blocks)
+        new = self.reserve(rows.batch, length, rows.blocks, rows.beside)
         used = max(rows.positions)
         for old_view, new_view in zip(rows.views, new.views, strict=True):
             new_view[:, :, :, :used].copy_(old_view[:, :, :, :used])
-        old = Rows(self, rows.offset, rows.batch, rows.length, [], rows.views, rows.blocks)
+        old = Rows(self, rows.offset, rows.batch, rows.length, [], rows.views, rows.blocks, rows.beside)
         rows.offset, rows.length, rows.views = new.offset, new.length, new.views
         self.release(old)
 

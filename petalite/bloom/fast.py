@@ -94,7 +94,9 @@ class FastSpan(Span):
     def step_batch(self, hidden: Tensor, parts: Sequence[Part]) -> Tensor:
         """As `Span.step_batch`; decode steps of up to 16 rows replay a graph."""
         batch = sum(part.rows.batch for part in parts)
-        if batch > BATCHES[-1] or any(part.tokens != 1 or part.rows.pool is not self._pool for part in parts):
+        if batch > BATCHES[-1] or any(
+            part.tokens != 1 or part.prompted or part.rows.pool is not self._pool for part in parts
+        ):
             return super().step_batch(hidden, parts)
         graph = self._graphs[next(size for size in BATCHES if size >= batch)]
         self._point(graph.staging, parts)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from petalite.bloom.adapters import TARGETS, layer_sizes, parse_name
 from petalite.bloom.blocks import Block
 from petalite.bloom.config import BloomConfig
+from petalite.bloom.span import Span
 
 
 class LowRankLinear(nn.Module):
@@ -100,6 +101,17 @@ def _largest_rank(target: str, found: Mapping[tuple[int, str], Tensor], inputs: 
                 f"must be (rank, {inputs}) and ({outputs}, rank)"
             )
     return max(ranks)
+
+
+def adapted_span(span: Span, adapter: Mapping[str, Tensor]) -> Span:
+    """A plain span of `span`'s blocks with an adapter, its weights shared; `adapter`: "query_key_value.lora_A" ->
+    (blocks, r, in), and so on.
+    """
+    blocks = [
+        adapted(block, {name: tensor[index] for name, tensor in adapter.items()})
+        for index, block in enumerate(span.layers)
+    ]
+    return Span(span.config, span.start, span.end, blocks)
 
 
 M = TypeVar("M", bound=nn.Module)

@@ -18,13 +18,20 @@ from petalite.errors import LocalProtocolError
 class Part:
     """One session's share of a batched step: T new tokens for each of its rows, all of which stand at `position`.
 
-    `pad[i]` tokens at the start of row i are left padding: nobody looks at them (None: no padding).
+    `pad[i]` tokens at the start of row i are left padding: nobody looks at them (None: no padding). `prompts` (blocks,
+    P, C) are added to the inputs of each block at the first P positions of each row that are not padding.
     """
 
     rows: Rows
     tokens: int
     position: int
     pad: Sequence[int] | None = None
+    prompts: Tensor | None = None
+
+    @property
+    def prompted(self) -> bool:
+        """Whether some of the new tokens stand where prompts are added."""
+        return self.prompts is not None and self.position < max(self.pad or (0,)) + self.prompts.shape[1]
 
 
 class Span(nn.Module):
@@ -76,15 +83,17 @@ class Span(nn.Module):
         Matrix products see all N tokens at once, whatever the parts' lengths and positions; attention goes by parts.
         """
         windows = self._windows(hidden, parts)
+        prompts = _find_prompts(parts, hidden.device)
         for index, layer in enumerate(self._layers):
-            hidden = layer(hidden, windows, index)
+            hidden = layer(_add_prompts(hidden, prompts, index), windows, index)
         return hidden
 
     def step_blocks(self, hidden: Tensor, parts: Sequence[Part]) -> Iterator[Tensor]:
         """`step_batch` block by block: yields (N, C) after each, so that a long prefill can let others in between."""
         windows = self._windows(hidden, parts)
+        prompts = _find_prompts(parts, hidden.device)
         for index, layer in enumerate(self._layers):
-            hidden = layer(hidden, windows, index)
+            hidden = layer(_add_prompts(hidden, prompts, index), windows, index)
             yield hidden
 
     @property
@@ -176,6 +185,30 @@ class Span(nn.Module):
                 self._alibi = (self._slopes[:, None, None] * distance).to(torch.float32).to(device)
             known = self._alibi.shape[2]
         return self._alibi[:, :, known - S :]
+
+
+_Prompts = list[tuple[Tensor, Tensor, Tensor]]
+"""Of each part that has them: which tokens of the batch (K,), what position of the prompts each has (K,), and those."""
+
+
+def _find_prompts(parts: Sequence[Part], device: torch.device) -> _Prompts:
+    found, first = [], 0
+    for part in parts:
+        B, T = part.rows.batch, part.tokens
+        if part.prompts is not None and part.prompted:
+            pad = torch.tensor(part.pad or [0] * B, device=device)[:, None]
+            place = (torch.arange(part.position, part.position + T, device=device) - pad).view(-1)  # (B * T)
+            tokens = ((place >= 0) & (place < part.prompts.shape[1])).nonzero().view(-1)
+            found.append((tokens + first, place[tokens], part.prompts))
+        first += B * T
+    return found
+
+
+def _add_prompts(hidden: Tensor, prompts: _Prompts, index: int) -> Tensor:
+    """hidden (N, C), not changed in place: it may be what a request's body holds."""
+    for tokens, places, values in prompts:
+        hidden = hidden.index_add(0, tokens, values[index, places].to(hidden.dtype))
+    return hidden
 
 
 def _mask(T: int, S: int, pad: Sequence[int] | None, device: torch.device) -> Tensor:

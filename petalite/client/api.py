@@ -102,9 +102,18 @@ def generation_of(
     early_stopping: bool | Literal["never"] = False,
     num_return_sequences: int = 1,
     interventions: Mapping[int, Intervention] | None = None,
+    adapter: Mapping[str, Tensor] | str | None = None,
+    scaling: float = 1.0,
+    deep_prompts: Tensor | None = None,
+    prompt_embeddings: Tensor | None = None,
 ) -> Generation:
-    """Options of a generation; temperature 0 is greedy, `num_beams` above 1 a beam search. `interventions`: functions
-    of the hidden states between blocks, see `InferenceSession`. Raises ValueError for a number out of its range.
+    """Options of a generation; temperature 0 is greedy, `num_beams` above 1 a beam search.
+
+    `interventions`: functions of the hidden states between blocks, see `InferenceSession`; `adapter`, `scaling`,
+    `deep_prompts` (layers, P, C): what is added to the blocks, see `Model.session`; `prompt_embeddings` (P, C): a soft
+    prompt before the tokens. `PromptTuning` and `LoraAdapter` hold such tensors.
+
+    Raises ValueError for a number out of its range.
     """
     sampling = Sampling(
         temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty, seed=seed
@@ -118,6 +127,10 @@ def generation_of(
         stop=tuple(stop),
         beams=beams,
         interventions=interventions or {},
+        adapter=adapter,
+        scaling=scaling,
+        deep_prompts=deep_prompts,
+        prompt_embeddings=prompt_embeddings,
     )
 
 

@@ -11,6 +11,7 @@ import trio
 from torch import Tensor
 
 from petalite import bridge, limits
+from petalite.client.given import Given
 from petalite.client.hop import Hop
 from petalite.client.pipeline import Send
 from petalite.errors import PeerLost, PeerUnreachable, RequestError
@@ -57,12 +58,14 @@ class Calls:
     not); LocalProtocolError is our own mistake.
     """
 
-    def __init__(self, node: Node, terms: Terms) -> None:
+    def __init__(self, node: Node, terms: Terms, given: Given | None = None) -> None:
         self._node = node
         self._terms = terms
+        self._given = given or Given()
 
     async def open(self, hop: Hop) -> None:
         terms = self._terms
+        tensors, body = self._given.encode(slice(hop.blocks.start, hop.blocks.end))
         message = messages.Open(
             sid=hop.sid,
             model=terms.model,
@@ -73,8 +76,10 @@ class Calls:
             codec=terms.codec,
             from_=None if hop.source is None else bytes(hop.source),
             wait=True,
+            adapter=self._given.adapter_name,
+            tensors=tensors or None,
         )
-        parse_reply(messages.OpenReply, await self._request(hop, "open", message.to_wire()))
+        parse_reply(messages.OpenReply, await self._request(hop, "open", message.to_wire(), body))
 
     async def extend(self, hop: Hop, max_len: int) -> int:
         """The cache's length now, in tokens."""

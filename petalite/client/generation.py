@@ -28,7 +28,9 @@ Rows = Sequence[Sequence[int]] | Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
-    """What to generate; `interventions` are those of `InferenceSession`.
+    """What to generate. `interventions`, `adapter` and `scaling` are those of `Model.session`, `deep_prompts` what it
+    calls prompts; `prompt_embeddings` (P, C) is a soft prompt before each prompt's tokens, in the place of word
+    embeddings.
 
     Raises ValueError for a number out of its range, and for options that exclude each other.
     """
@@ -38,10 +40,17 @@ class Generation:
     stop: tuple[str, ...] = ()
     beams: Beams = field(default_factory=Beams)
     interventions: Mapping[int, Intervention] = field(default_factory=dict)
+    adapter: Mapping[str, Tensor] | str | None = None
+    scaling: float = 1.0
+    deep_prompts: Tensor | None = None
+    prompt_embeddings: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be 1 or more, not {self.max_new_tokens}")
+        front = self.prompt_embeddings
+        if front is not None and (front.dim() != 2 or not front.shape[0]):
+            raise ValueError(f"prompt_embeddings of shape {tuple(front.shape)}, must be (P, C)")
         if self.beams.count > 1 and self.sampling.temperature:
             raise ValueError("beams are searched, not sampled: num_beams needs temperature 0")
         if self.beams.count > 1 and self.stop:
@@ -53,12 +62,17 @@ async def prefill(
     session: InferenceSession,
     rows: Sequence[Sequence[int]],
     progress: Callable[[int], None] | None = None,
+    *,
+    front: Tensor | None = None,
+    pad: Sequence[int] | None = None,
 ) -> Tensor:
     """Send rows of prompt tokens, all of one length, behind what the session holds; logits (B, vocabulary) after them.
 
+    `front` and `pad`: see `Model.embed`.
+
     Raises SessionError after STEP_SECONDS without any progress of the whole.
     """
-    output = await step_in_time(session, await model.embed(rows), progress)
+    output = await step_in_time(session, await model.embed(rows, front, pad), progress)
     return await model.run(lambda: model.logits_here(output[:, -1]))
 
 
@@ -146,7 +160,8 @@ async def stream_pieces(
     """
     seen.extend(prompt)
     rows = [seen]
-    logits = await prefill(model, session, [prompt], progress)
+    front = None if session.position else generation.prompt_embeddings
+    logits = await prefill(model, session, [prompt], progress, front=front)
     async with aclosing(decode_tokens(model, session, logits, rows, generation)) as decoding:
         async for tokens in decoding:
             yield row.push(tokens[0])
@@ -176,8 +191,19 @@ async def generate_rows(model: Model, prompts: Sequence[Sequence[int]], generati
 def open_session(
     model: Model, generation: Generation, *, max_len: int, batch: int = 1, pad: Sequence[int] | None = None
 ) -> InferenceSession:
-    """A session in which `generation` can run."""
-    return model.session(max_len=max_len, batch=batch, pad=pad, interventions=generation.interventions)
+    """A session in which `generation` can run, with room for `max_len` tokens besides its soft prompt."""
+    front = generation.prompt_embeddings
+    if front is not None and front.shape[1] != model.config.hidden_size:
+        raise ValueError(f"prompt_embeddings of width {front.shape[1]}, the model has {model.config.hidden_size}")
+    return model.session(
+        max_len=max_len + (0 if front is None else front.shape[0]),
+        batch=batch,
+        pad=pad,
+        interventions=generation.interventions,
+        adapter=generation.adapter,
+        scaling=generation.scaling,
+        prompts=generation.deep_prompts,
+    )
 
 
 @asynccontextmanager
@@ -191,7 +217,7 @@ async def prefilled(
     max_len = longest + generation.max_new_tokens
     async with open_session(model, generation, max_len=max_len, batch=len(prompts), pad=pad) as session:
         padded = [[filler] * count + list(prompt) for count, prompt in zip(pad, prompts, strict=True)]
-        yield session, await prefill(model, session, padded)
+        yield session, await prefill(model, session, padded, front=generation.prompt_embeddings, pad=pad)
 
 
 def real_tokens(prompts: Rows, mask: Rows) -> list[list[int]]:

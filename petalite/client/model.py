@@ -15,8 +15,10 @@ from torch import Tensor
 from petalite.bloom.blocks import Embeddings, Head
 from petalite.bloom.config import BloomConfig
 from petalite.bloom.loading import load_embeddings, load_head
+from petalite.bloom.lora import stack_adapter
 from petalite.bloom.manifest import Manifest, load_or_make
 from petalite.client.blocking import Portal
+from petalite.client.given import Given
 from petalite.client.passes import Passes
 from petalite.client.remote import RemoteBlocks
 from petalite.client.runner import Runner, run_in_thread
@@ -107,11 +109,19 @@ class Model:
         text: str = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
         return text
 
-    async def embed(self, tokens: Sequence[Sequence[int]]) -> Tensor:
-        """Token ids, rows of one length -> (B, T, C)."""
-        return await self.run(lambda: self.embed_here(tokens))
+    async def embed(
+        self, tokens: Sequence[Sequence[int]], front: Tensor | None = None, pad: Sequence[int] | None = None
+    ) -> Tensor:
+        """Token ids, rows of one length -> (B, T, C), what enters the first block.
 
-    def embed_here(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+        `front` (P, C): a soft prompt in the place of word embeddings, which goes before each row's tokens, behind the
+        row's `pad` ones of padding: (B, P + T, C).
+        """
+        return await self.run(lambda: self.embed_here(tokens, front, pad))
+
+    def embed_here(
+        self, tokens: Sequence[Sequence[int]], front: Tensor | None = None, pad: Sequence[int] | None = None
+    ) -> Tensor:
         """`embed`, for a worker thread. Raises PetaliteError for an id outside of the vocabulary."""
         highest = max(max(row) for row in tokens)
         if highest >= self.config.vocab_size or min(min(row) for row in tokens) < 0:
@@ -120,6 +130,11 @@ class Model:
             hidden: Tensor = self.parts.embeddings(
                 torch.tensor([list(row) for row in tokens], device=self.parts.device)
             )
+            if front is not None:
+                normed = self.parts.embeddings.word_embeddings_layernorm(front.to(hidden))
+                starts = pad or [0] * len(hidden)
+                rows = zip(hidden, starts, strict=True)
+                hidden = torch.stack([torch.cat([row[:start], normed, row[start:]]) for row, start in rows])
             return hidden.cpu()
 
     def logits_here(self, hidden: Tensor) -> Tensor:
@@ -136,12 +151,20 @@ class Model:
         batch: int = 1,
         pad: Sequence[int] | None = None,
         interventions: Mapping[int, Intervention] | None = None,
+        adapter: Mapping[str, Tensor] | str | None = None,
+        scaling: float = 1.0,
+        prompts: Tensor | None = None,
     ) -> InferenceSession:
         """A KV cache of `batch` rows x `max_len` tokens in the swarm; use it as an async context manager.
 
         `pad[i]` tokens at the start of row i are left padding, which nobody looks at. Servers know no other masks, and
         need none: BLOOM's positions count the tokens of a mask, so a row with holes or padding behind is exactly the
         row of its real tokens. `interventions`: see `InferenceSession`.
+
+        `adapter`: low-rank weights by PEFT's names without "base_model.model.", which travel to each server and are
+        `scaling`, alpha / r, times B (A x); or the name of an adapter that servers hold. `prompts` (layers, P, C) are
+        added to the input of each block at the first P positions that are not padding. Later changes of these tensors
+        do not reach the session.
 
         Raises PetaliteError if nobody serves the model, ValueError for an option that does not fit it.
         """
@@ -159,8 +182,26 @@ class Model:
             notice=self.notice,
             push=self._push,
             interventions=interventions,
+            given=self._given(adapter, scaling, prompts, max_len),
             runner=self.run,
         )
+
+    def _given(
+        self, adapter: Mapping[str, Tensor] | str | None, scaling: float, prompts: Tensor | None, max_len: int
+    ) -> Given:
+        blocks, width = self.config.n_layer, self.config.hidden_size
+        if prompts is not None and (
+            prompts.dim() != 3 or prompts.shape[::2] != (blocks, width) or not 1 <= prompts.shape[1] <= max_len
+        ):
+            raise ValueError(
+                f"prompts of shape {tuple(prompts.shape)}, must be ({blocks}, P, {width}) with P at most {max_len}"
+            )
+        with torch.no_grad():
+            return Given(
+                prompts=None if prompts is None else prompts.detach().to("cpu", copy=True),
+                adapter=stack_adapter(adapter, self.config, 0, blocks, scaling) if isinstance(adapter, Mapping) else {},
+                adapter_name=adapter if isinstance(adapter, str) else None,
+            )
 
     @cached_property
     def passes(self) -> Passes:

@@ -23,7 +23,8 @@ from petalite.bloom.config import BloomConfig
 from petalite.bloom.training import pass_bytes
 from petalite.client.batches import BatchPlanner
 from petalite.client.calls import Terms
-from petalite.client.pieces import TrainingCalls, nbytes
+from petalite.client.given import Given, nbytes
+from petalite.client.pieces import TrainingCalls
 from petalite.client.verdicts import Judge, Verdict, retry_after
 from petalite.errors import HandshakeError, LocalProtocolError, PeerLost, RequestError
 from petalite.identity import PeerId
@@ -43,34 +44,6 @@ LEAST_TOKENS = 128
 # Pieces on their way to each server: one that is computed, one that travels.
 PIECES_A_SERVER = 2
 SLOW_AVOID_SECONDS = 30.0
-
-
-@dataclass(frozen=True, slots=True)
-class Given:
-    """What goes into a pass besides hidden states, for all n blocks of it.
-
-    `mask` (B, T) bool; `prompts` (n, P, C) or (n, B, P, C); `adapter`: "query_key_value.lora_A" -> (n, r, in) and so on
-    (bloom/lora.py); `adapter_name`: one that servers hold.
-    """
-
-    mask: Tensor | None = None
-    prompts: Tensor | None = None
-    adapter: Mapping[str, Tensor] = field(default_factory=dict)
-    adapter_name: str | None = None
-
-    def tensors(self, rows: slice, blocks: slice) -> dict[str, Tensor]:
-        """What some rows, in some blocks of the pass, need of it."""
-        found = {}
-        if self.mask is not None:
-            found["mask"] = self.mask[rows].to(torch.uint8)
-        if self.prompts is not None:
-            found["prompts"] = self.prompts[blocks] if self.prompts.dim() == 3 else self.prompts[blocks, rows]
-        return found | {name: tensor[blocks] for name, tensor in self.adapter.items()}
-
-    @property
-    def block_bytes(self) -> int:
-        """Of prompts and adapter, for one block, as float32: what their gradients take."""
-        return sum(4 * tensor[0].numel() for tensor in (self.prompts, *self.adapter.values()) if tensor is not None)
 
 
 @dataclass(frozen=True, slots=True)

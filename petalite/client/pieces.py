@@ -9,11 +9,12 @@ from torch import Tensor
 
 from petalite import bridge
 from petalite.client.calls import Terms, ask, parse_reply
+from petalite.client.given import own_dtype
 from petalite.errors import PeerLost, RequestError
 from petalite.net.connection import Reply
 from petalite.swarm.node import Node
 from petalite.swarm.routing import Hop
-from petalite.wire.tensors import FLOATS, RAW, Descriptor, encoded_size, total_size
+from petalite.wire.tensors import RAW, Descriptor, encoded_size, total_size
 from petalite.wire.training import Backward, BackwardReply, Forward, ForwardReply
 from petalite.wire.writer import Priority
 
@@ -97,22 +98,10 @@ class TrainingCalls:
             if name in ACTIVATIONS:
                 made, body = bridge.to_wire(tensor, self._terms.dtype, self._terms.codec, name)
             else:
-                made, body = bridge.to_wire(tensor, _own_dtype(tensor), RAW, name)
+                made, body = bridge.to_wire(tensor, own_dtype(tensor), RAW, name)
             descriptors.append(made)
             pieces += body
         return tuple(descriptors), pieces
-
-
-def nbytes(tensor: Tensor) -> int:
-    """Bytes that a tensor which is no activation takes in a body."""
-    return encoded_size(Descriptor("any", _own_dtype(tensor), tuple(tensor.shape)))
-
-
-def _own_dtype(tensor: Tensor) -> str:
-    if tensor.dtype == torch.uint8:
-        return "u8"
-    name = {torch.float16: "f16", torch.bfloat16: "bf16"}.get(tensor.dtype, "f32")
-    return name if name in FLOATS else "f32"
 
 
 def _scale(gradients: Sequence[Tensor]) -> float:

@@ -9,6 +9,7 @@ import trio
 
 from petalite import limits
 from petalite.client.calls import Terms
+from petalite.client.given import Given
 from petalite.client.hop import Hop
 from petalite.client.verdicts import Judge
 from petalite.errors import PetaliteError
@@ -33,13 +34,23 @@ class SessionError(PetaliteError):
 class Planner:
     """Plans for one session. The first route fixes the compute class, so that a failover does not change the text."""
 
-    def __init__(self, node: Node, terms: Terms, judge: Judge, notice: Callable[[str], None], *, push: bool) -> None:
+    def __init__(
+        self,
+        node: Node,
+        terms: Terms,
+        judge: Judge,
+        notice: Callable[[str], None],
+        *,
+        push: bool,
+        given: Given | None = None,
+    ) -> None:
         self.compute_class: tuple[str, str] | None = None
         self._node = node
         self._terms = terms
         self._judge = judge
         self._notice = notice
         self._push = push
+        self._given = given or Given()
         self._pause = FIRST_PAUSE
         self._failed_at: dict[PeerId, float] = {}
         self._waiting_since: float | None = None
@@ -76,6 +87,8 @@ class Planner:
             cache_tokens=tokens,
             codec=self._terms.codec,
             push=self._push,
+            training_tokens=int(self._given.wanted),  # who trains takes additions to sessions too (PT-SES-080)
+            adapter=self._given.adapter_name,
             without=without | self._judge.avoided(trio.current_time()),
         )
         if self.compute_class is not None:

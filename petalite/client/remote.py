@@ -13,7 +13,8 @@ from torch.autograd.function import once_differentiable
 from petalite.bloom.config import BloomConfig
 from petalite.bloom.lora import stack_adapter
 from petalite.client.blocking import Portal
-from petalite.client.passes import Given, Loss, Pass, Passes
+from petalite.client.given import Given
+from petalite.client.passes import Loss, Pass, Passes
 from petalite.errors import LocalProtocolError
 from petalite.swarm.snapshot import Span
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from petalite import bridge, limits
 from petalite.client.calls import Calls, Outcome, Terms
+from petalite.client.given import Given
 from petalite.client.hop import Hop, HopState
 from petalite.client.pipeline import Action, Check, Extend, Intervene, Open, Pipeline, Plan, Push, Send
 from petalite.client.planning import Planner, SessionError
@@ -40,6 +41,8 @@ HAND_OVER_SECONDS = 1.0
 # A step that is worked on for longer may be worth taking elsewhere.
 SLOW_SECONDS = 2.0
 SLOW_AVOID_SECONDS = 30.0
+# Bytes a second of an adapter, on a path that is still worth opening a session over.
+SLOWEST_UPLOAD = 2**20
 
 Intervention = Callable[[Tensor], Tensor]
 """Hidden states (B, T, C) that are about to enter a block -> what enters it instead."""
@@ -58,6 +61,8 @@ class InferenceSession:
     a worker thread, once for each token, all tokens of one `step` together: history keeps what it gave, so a replay
     does not call it again. Its errors leave `step`, and the session stays at its position. To read along, return what
     came. Each costs a trip over this machine, even between blocks of one server.
+
+    `given`: deep prompts (layers, P, C) and an adapter, which every server gets when the session is opened there.
     """
 
     def __init__(
@@ -76,6 +81,7 @@ class InferenceSession:
         push: bool = True,
         history_limit: int = limits.MAX_HISTORY_BYTES,
         interventions: Mapping[int, Intervention] | None = None,
+        given: Given | None = None,
         runner: Runner = run_in_thread,
     ) -> None:
         self._interventions = dict(interventions or {})
@@ -98,8 +104,9 @@ class InferenceSession:
         )
         self._notice = notice or (lambda line: log.info("%s", line))
         self._judge = Judge()
-        self._calls = Calls(node, terms)
-        self._planner = Planner(node, terms, self._judge, self._notice, push=push)
+        self._given = given or Given()
+        self._calls = Calls(node, terms, self._given)
+        self._planner = Planner(node, terms, self._judge, self._notice, push=push, given=self._given)
         self._node = node
         self._terms = terms
         self._pad = tuple(pad) if pad is not None and any(pad) else None
@@ -284,12 +291,13 @@ class InferenceSession:
 
     async def _open(self, hop: Hop) -> None:
         """Waits for cache room, but not for long: holding some elsewhere meanwhile, others wait for us."""
-        with trio.move_on_after(limits.ROOM_SECONDS):
+        seconds = limits.ROOM_SECONDS + self._given.block_bytes * hop.blocks.size / SLOWEST_UPLOAD
+        with trio.move_on_after(seconds):
             await self._calls.open(hop)
             self._pipeline.opened(hop)
             return
         self._judge.no_room(hop.peer, trio.current_time())
-        self._lose(hop, f"no answer to open within {limits.ROOM_SECONDS:.0f} s", ban=False)
+        self._lose(hop, f"no answer to open within {seconds:.0f} s", ban=False)
 
     async def _check(self, hop: Hop) -> None:
         self._pipeline.checked(hop, *await self._calls.status(hop))

@@ -12,14 +12,15 @@ from petalite.bloom.cache import CachePool
 from petalite.bloom.fast import accelerate
 from petalite.bloom.manifest import Manifest
 from petalite.bloom.span import Span
-from petalite.errors import RequestError
+from petalite.errors import ErrorCode, RequestError
 from petalite.identity import PeerId
 from petalite.net.connection import Handler
+from petalite.server.additions import Adapters, with_adapter
 from petalite.server.executor import Executor, ThreadRunner, run_in_thread
 from petalite.server.handlers import Handlers
 from petalite.server.push import Pusher
 from petalite.server.table import SessionTable
-from petalite.server.training import Adapters, Training
+from petalite.server.training import Training
 from petalite.wire import messages
 from petalite.wire.tensors import CODECS
 
@@ -59,12 +60,18 @@ class BlockServer:
         )
         self._quantize = quantize
         self._scope = trio.CancelScope()
-        self._subspans = {(span.start, span.end): span}
+        self._subspans: dict[tuple[int, int, str | None], Span] = {(span.start, span.end, None): span}
         self.pusher = Pusher()
-        handlers = Handlers(
-            self.table, self.executor, manifest, self.describe, lambda: self.state == "online", self.pusher
-        )
         self.adapters = adapters or {}
+        handlers = Handlers(
+            self.table,
+            self.executor,
+            manifest,
+            self.describe,
+            lambda: self.state == "online",
+            self.pusher,
+            self._served,
+        )
         self.training = Training(self.executor, self._served, span.start, self.adapters, lambda: self.state == "online")
         self.methods: Mapping[str, Handler] = {
             **handlers.methods,
@@ -72,17 +79,23 @@ class BlockServer:
             "backward": self.training.backward,
         }
 
-    def _served(self, model: bytes, blocks: tuple[int, int]) -> Span:
+    def _served(self, model: bytes, blocks: tuple[int, int], adapter: str | None = None) -> Span:
         self.table.check_served(model, blocks)
-        return self._subspan(*blocks)
+        if adapter is not None and adapter not in self.adapters:
+            raise RequestError(ErrorCode.NOT_SERVED, f"no adapter {adapter!a} is held here")
+        return self._subspan(*blocks, adapter)
 
-    def _subspan(self, start: int, end: int) -> Span:
-        """Some of the blocks as a span of its own; the weights are shared."""
-        known = self._subspans.get((start, end))
+    def _subspan(self, start: int, end: int, adapter: str | None = None) -> Span:
+        """Some of the blocks as a span of its own, with one of our adapters or without; the weights are shared."""
+        known = self._subspans.get((start, end, adapter))
         if known is None:
-            first = self.span.start
-            blocks = self.span.layers[start - first : end - first]
-            known = self._subspans[start, end] = Span(self.span.config, start, end, blocks)
+            own = slice(start - self.span.start, end - self.span.start)
+            if adapter is None:
+                known = Span(self.span.config, start, end, self.span.layers[own])
+            else:
+                weights = {name: tensor[own].to(self.span.dtype) for name, tensor in self.adapters[adapter].items()}
+                known = with_adapter(self._subspan(start, end), weights)
+            self._subspans[start, end, adapter] = known
         return known
 
     def describe(self) -> messages.InfoReply:
@@ -110,7 +123,7 @@ class BlockServer:
     def accelerate(self, progress: Callable[[int, int], None] | None = None) -> str:
         """Take the fast way where there is one (CUDA); "" or why not. Blocking, and before `run`."""
         fast, reason = accelerate(self.span, self.pool, progress)
-        self.span = self._subspans[fast.start, fast.end] = fast
+        self.span = self._subspans[fast.start, fast.end, None] = fast
         return reason
 
     def holds(self, owner: PeerId, sid: bytes) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 import trio
@@ -21,6 +21,8 @@ from petalite.errors import ErrorCode, RequestError
 from petalite.server.scheduler import Batch, Job, Scheduler
 
 log = logging.getLogger("petalite.server")
+
+T = TypeVar("T")
 
 # How long the end of the executor waits for what is in the worker.
 STOP_SECONDS = 0.5
@@ -56,6 +58,7 @@ class StepWork:
     position: int
     pad: Sequence[int] | None
     reorder: Sequence[int] | None
+    prompts: Tensor | None = None
     reordered: bool = False
     hidden: Tensor | None = None
     passing: Iterator[Tensor] | None = None  # the piece of a long job that is amid the blocks
@@ -85,6 +88,12 @@ class Executor:
     def load(self, owner: Hashable) -> int:
         """Tokens of `owner` that wait or run, training aside."""
         return self._scheduler.load(owner)
+
+    async def aside(self, function: Callable[[], T]) -> T:
+        """Run what needs torch but not its turn off the event loop."""
+        results: list[T] = []
+        await self._runner(lambda: results.append(function()))
+        return results[0]
 
     def add(self, job: Job) -> None:
         """Queue `job`. Then its `result` is what `finish` returned, or its `error` a RequestError: what `prepare` or
@@ -264,7 +273,7 @@ def _flat(hidden: Tensor) -> Tensor:
 
 def _part(job: Job) -> Part:
     work: StepWork = job.work
-    return Part(work.rows, job.piece or job.tokens, work.position + job.done, work.pad)
+    return Part(work.rows, job.piece or job.tokens, work.position + job.done, work.pad, work.prompts)
 
 
 def _finish(job: Job) -> None:

@@ -8,8 +8,10 @@ import trio
 
 from petalite import limits
 from petalite.bloom.manifest import Manifest
+from petalite.bloom.span import Span
 from petalite.errors import ErrorCode, RequestError
 from petalite.net.call import Call, Handler, Reply
+from petalite.server.additions import Additions, check_additions, decode_additions
 from petalite.server.executor import Executor
 from petalite.server.push import Pusher
 from petalite.server.sessions import Session
@@ -21,7 +23,10 @@ from petalite.wire.writer import Priority
 
 
 class Handlers:
-    """The methods of one served span. `describe` gives the InfoReply, `admitting` whether new sessions are taken."""
+    """The methods of one served span. `describe` gives the InfoReply, `admitting` whether new sessions are taken.
+
+    `served(model, blocks, adapter)` gives some of the blocks, with the adapter of that name, or raises RequestError.
+    """
 
     def __init__(
         self,
@@ -30,13 +35,16 @@ class Handlers:
         manifest: Manifest,
         describe: Callable[[], messages.InfoReply],
         admitting: Callable[[], bool],
-        pusher: Pusher | None = None,
+        pusher: Pusher,
+        served: Callable[[bytes, tuple[int, int], str | None], Span],
     ) -> None:
         self._table = table
         self._manifest = manifest
         self._describe = describe
         self._admitting = admitting
-        steps = Steps(table, executor, pusher or Pusher(), lambda: not admitting())
+        self._executor = executor
+        self._served = served
+        steps = Steps(table, executor, pusher, lambda: not admitting())
         self.methods: dict[str, Handler] = {
             "info": self.info,
             "manifest": self.manifest,
@@ -64,22 +72,35 @@ class Handlers:
     async def open(self, call: Call) -> Reply:
         message = messages.Open.from_wire(call.head)
         self._check_admitting()
+        additions = await self._additions(message, call.body)
         try:
-            session = self._table.open(call.peer, message, trio.current_time())
+            session = self._table.open(call.peer, message, trio.current_time(), additions)
         except RequestError as error:
             if not message.wait or not error.detail.get("retry"):
                 raise
-            session = await self._wait_for_room(call, message, error)
+            session = await self._wait_for_room(call, message, additions, error)
         return Reply(messages.OpenReply(pos=session.position, ttl=int(self._table.idle_seconds)).to_wire())
+
+    async def _additions(self, message: messages.Open, body: bytearray) -> Additions | None:
+        """What the session is to run with besides the model; checked before it is decoded."""
+        if not (message.adapter or message.tensors or body):
+            return None
+        span = self._served(message.model, message.blocks, message.adapter)
+        check_additions(message, body, span)
+        if not body:
+            return Additions(span)
+        return await self._executor.aside(lambda: decode_additions(message, body, span))
 
     def _check_admitting(self) -> None:
         if not self._admitting():
             raise RequestError(ErrorCode.UNAVAILABLE, "draining: no new sessions", {"retry": True, "elsewhere": True})
 
-    async def _wait_for_room(self, call: Call, message: messages.Open, refusal: RequestError) -> Session:
+    async def _wait_for_room(
+        self, call: Call, message: messages.Open, additions: Additions | None, refusal: RequestError
+    ) -> Session:
         """Until the caller's deadline, or OPEN_WAIT_SECONDS; then the refusal stands."""
         event = trio.Event()
-        opening = Opening(call.peer, message, event.set)
+        opening = Opening(call.peer, message, additions, event.set)
         self._table.open_later(opening)
         call.progress("queued")
         try:

@@ -12,6 +12,7 @@ from petalite.bloom.cache import Rows
 from petalite.bloom.span import Span
 from petalite.errors import ErrorCode, LocalProtocolError, RequestError
 from petalite.identity import PeerId
+from petalite.server.additions import Additions
 from petalite.server.state import IN_PROGRESS, SESSION_REFUSALS, SESSION_TRANSITIONS, SessionEvent, SessionState
 from petalite.wire.messages import Open, Step
 from petalite.wire.tensors import Descriptor
@@ -71,14 +72,14 @@ class Watcher:
 
 @dataclass(slots=True, eq=False)
 class Session:
-    """One caller's KV cache over `span`. `n` is the number of the next step; `rows` know the position.
+    """One caller's KV cache over a span. `n` is the number of the next step; `rows` know the position.
 
     `early` stands for the one push that may wait for the step before it.
     """
 
     owner: PeerId
     open: Open
-    span: Span
+    additions: Additions
     rows: Rows
     opened_at: float
     used_at: float
@@ -100,8 +101,13 @@ class Session:
 
     @property
     def tokens(self) -> int:
-        """Cache slots held."""
-        return self.rows.batch * self.rows.length
+        """Cache slots held, those that stand for the memory of additions among them."""
+        return self.rows.slots
+
+    @property
+    def span(self) -> Span:
+        """The blocks it runs through."""
+        return self.additions.span
 
     @property
     def in_progress(self) -> bool:

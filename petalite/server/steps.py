@@ -123,10 +123,10 @@ class Steps:
         step = running.step
         batch, tokens, _ = step.tensors[0].shape
         span = session.span
-        work = StepWork(span, session.rows, step.pos, step.pad, step.hypo)
+        work = StepWork(span, session.rows, step.pos, step.pad, step.hypo, session.additions.prompts)
         job = Job(
             owner=session.owner,
-            group=(span.start, span.end),
+            group=span,  # with an adapter, blocks are other blocks
             batch=batch,
             tokens=tokens,
             blocks=span.end - span.start,

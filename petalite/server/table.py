@@ -15,6 +15,7 @@ from petalite.bloom.cache import CachePool
 from petalite.bloom.span import Span
 from petalite.errors import ErrorCode, RequestError
 from petalite.identity import PeerId
+from petalite.server.additions import Additions
 from petalite.server.room import plan_eviction
 from petalite.server.sessions import Answer, Running, Session, no_session, out_of_order, step_digest
 from petalite.server.state import SessionEvent, SessionState
@@ -27,6 +28,7 @@ class Opening:
 
     owner: PeerId
     message: Open
+    additions: Additions | None
     done: Callable[[], None]
     session: Session | None = None
     error: RequestError | None = None
@@ -72,24 +74,29 @@ class SessionTable:
 
     # Opening
 
-    def open(self, owner: PeerId, message: Open, now: float) -> Session:
-        """Reserve a session's cache. Opening again with equal fields is harmless while no step was done."""
+    def open(self, owner: PeerId, message: Open, now: float, additions: Additions | None = None) -> Session:
+        """Reserve a session's cache. Opening again with equal fields is harmless while no step was done.
+
+        `additions`: what it runs with, if that is not the model alone. Their memory counts as cache (PT-SES-082).
+        """
         message = replace(message, wait=None)
         known = self._lookup(owner, message.sid, now)
         if known is not None:
             known.advance(SessionEvent.OPEN)
-            if known.open != message:
+            if known.open != message or (additions and known.additions.digest != additions.digest):
                 raise RequestError(ErrorCode.CONFLICT, "the session exists already, with other fields")
             return known
         self.check_served(message.model, message.blocks)
         if self._by_owner[owner] >= limits.MAX_SESSIONS_PER_PEER or len(self._sessions) >= limits.MAX_SESSIONS:
             text = f"too many sessions: {self._by_owner[owner]} of yours, {len(self._sessions)} in all"
             raise RequestError(ErrorCode.RESOURCES, text, {"retry": True, "after": 1000})
-        self._make_room(owner, message.batch, message.max_len, now)
         start, end = message.blocks
+        additions = additions or Additions(self._subspan(start, end))
+        beside = -(-additions.nbytes // self.pool.bytes_per_token)
+        self._make_room(owner, message.batch, message.max_len, now, beside=beside)
         blocks = slice(start - self.served[0], end - self.served[0])
-        rows = self.pool.reserve(message.batch, message.max_len, blocks)
-        session = Session(owner, message, self._subspan(start, end), rows, now, now)
+        rows = self.pool.reserve(message.batch, message.max_len, blocks, beside)
+        session = Session(owner, message, additions, rows, now, now)
         self._sessions[session.key] = session
         self._by_owner[owner] += 1
         self._held[owner] += session.tokens
@@ -105,13 +112,17 @@ class SessionTable:
             text = f"blocks {start}:{end} are asked, {self.served[0]}:{self.served[1]} are served"
             raise RequestError(ErrorCode.NOT_SERVED, text, detail)
 
-    def _make_room(self, owner: PeerId, batch: int, length: int, now: float, spare: Session | None = None) -> None:
-        """See to it that `pool.reserve(batch, length)` succeeds, by eviction if need be. Raises RESOURCES."""
-        wanted = batch * length
+    def _make_room(
+        self, owner: PeerId, batch: int, length: int, now: float, *, beside: int = 0, spare: Session | None = None
+    ) -> None:
+        """See to it that `pool.reserve` succeeds, by eviction if need be. Raises RESOURCES."""
+        wanted = batch * length + beside
         if wanted > self.pool.capacity:
             text = f"{batch} x {length} tokens of cache are asked, {self.pool.capacity} exist"
+            if beside:
+                text = f"{text}; what the session adds takes {beside} more"
             raise RequestError(ErrorCode.RESOURCES, text, {"retry": False, "cache_left": self.pool.free})
-        if self.pool.would_fit(batch, length):
+        if self.pool.would_fit(batch, length, beside=beside):
             return
         victims = plan_eviction(
             (session for session in self._sessions.values() if session is not spare),
@@ -119,7 +130,7 @@ class SessionTable:
             owner=owner,
             wanted=wanted,
             share=self._share,
-            fits=lambda released: self.pool.would_fit(batch, length, released),
+            fits=lambda released: self.pool.would_fit(batch, length, released, beside),
             now=now,
         )
         if victims is None:
@@ -147,7 +158,7 @@ class SessionTable:
         """
         for opening in list(self._openings):
             try:
-                opening.session = self.open(opening.owner, opening.message, now)
+                opening.session = self.open(opening.owner, opening.message, now, opening.additions)
             except RequestError as error:
                 if error.detail.get("retry"):
                     continue
@@ -308,7 +319,8 @@ class SessionTable:
         session.advance(SessionEvent.EXTEND)
         if length > session.rows.length:
             before = session.tokens
-            self._make_room(session.owner, session.rows.batch, length, now, spare=session)
+            rows = session.rows
+            self._make_room(session.owner, rows.batch, length, now, beside=rows.beside, spare=session)
             self.pool.extend(session.rows, length)
             self._held[session.owner] += session.tokens - before
             self._serve_openings(now)

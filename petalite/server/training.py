@@ -17,14 +17,12 @@ from petalite.bloom.training import Extras, backward_pass, forward_pass, pass_by
 from petalite.errors import ErrorCode, LocalProtocolError, RequestError
 from petalite.identity import PeerId
 from petalite.net.call import Call, Reply
+from petalite.server.additions import Adapters
 from petalite.server.executor import Executor
 from petalite.server.scheduler import Job
 from petalite.wire.tensors import RAW, Descriptor, total_size
 from petalite.wire.training import Backward, BackwardReply, Forward, ForwardReply
 from petalite.wire.writer import Priority
-
-Adapters = Mapping[str, Mapping[str, Tensor]]
-"""By name: adapters for all blocks served, stacked: "query_key_value.lora_A" -> (blocks, r, in); see bloom/lora.py."""
 
 Passing = Generator[None, None, Reply]
 

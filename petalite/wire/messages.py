@@ -24,6 +24,7 @@ from petalite.limits import (
     MAX_WORD,
     SESSION_ID_BYTES,
 )
+from petalite.wire.additions import ADDITIONS, AdapterName, TensorSet, check_additions
 from petalite.wire.packing import Bin, Bool, FieldError, Int, Ints, ListOf, OneOf, Plain, Rule, Str, refuse_critical
 from petalite.wire.tensors import CODECS, FLOATS, Descriptor, check_names, parse_descriptors, total_size
 
@@ -293,6 +294,9 @@ class ManifestReply(Message):
 class Open(Message):
     """Reserve a session's cache. `from_` names the one peer that may push steps into it. `wait`: if there is no room,
     wait for it until the deadline.
+
+    `adapter`, the name of one that the server holds, and `tensors` are added to the model for this session: "prompts"
+    (n, P, C) and an adapter's "query_key_value.lora_A" (n, r, in) and so on, for the n blocks.
     """
 
     sid: SessionId
@@ -304,6 +308,12 @@ class Open(Message):
     codec: Annotated[str, OneOf(*CODECS)]
     from_: Annotated[bytes | None, Key("from", Bin(32))] = None
     wait: Annotated[bool | None, Bool()] = None
+    adapter: AdapterName = None
+    tensors: Annotated[tuple[Descriptor, ...] | None, Key("t", TensorSet(ADDITIONS))] = None
+
+    def check_together(self) -> None:
+        if self.tensors is not None:
+            check_additions(self.adapter, self.tensors, self.blocks[1] - self.blocks[0], self.max_len)
 
 
 @message

@@ -9,7 +9,7 @@ import torch
 from defects import defect, patch
 
 from petalite import bridge
-from petalite.bloom import cache, span
+from petalite.bloom import cache, lora, span
 from petalite.errors import ErrorCode, RequestError
 from petalite.server import executor, handlers, sessions, steps, table
 
@@ -200,3 +200,48 @@ def gives_another_manifest() -> None:
         return replace(reply, body=(bytes(reply.body[0])[:-1] + b" ",))
 
     patch(handlers.Handlers, "manifest", manifest)
+
+
+# --- additions
+
+
+@defect("additions/002")
+def adds_prompts_at_the_first_positions_of_the_cache() -> None:
+    before = span._find_prompts
+    patch(span, "_find_prompts", lambda parts, device: before([replace(part, pad=None) for part in parts], device))
+
+
+@defect("additions/003")
+def puts_adapters_into_the_blocks_of_all() -> None:
+    def adapted(block: Any, adapter: Any) -> Any:
+        for target, layer in lora.TARGETS.items():
+            if f"{target}.lora_A" in adapter:
+                part, _, name = layer.partition(".")
+                own = (adapter[f"{target}.lora_A"], adapter[f"{target}.lora_B"])
+                setattr(getattr(block, part), name, lora.LowRankLinear(block.get_submodule(layer), *own))
+        return block
+
+    patch(lora, "adapted", adapted)
+
+
+@defect("additions/005")
+def takes_other_additions_for_the_same() -> None:
+    patch(table.SessionTable, "open", _without_digest(table.SessionTable.open))
+
+
+def _without_digest(before: Any) -> Any:
+    return lambda self, owner, message, now, given=None: before(
+        self, owner, message, now, given and replace(given, digest=b"")
+    )
+
+
+@defect("additions/006")
+def does_not_count_additions() -> None:
+    before = table.SessionTable.open
+    patch(
+        table.SessionTable,
+        "open",
+        lambda self, owner, message, now, given=None: before(
+            self, owner, message, now, given and replace(given, nbytes=0)
+        ),
+    )

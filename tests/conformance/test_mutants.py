@@ -20,6 +20,7 @@ QUICK = [
     "shows-tracebacks", "rounds-int8-towards-zero", "computes-with-nan", "tells-that-a-session-exists",
     "forgets-a-rollback", "ignores-padding", "gives-another-code-for-a-gap", "computes-other-numbers",
     "counts-padding-as-tokens", "loses-the-gradients-of-taps",
+    "puts-adapters-into-the-blocks-of-all",
 ]  # fmt: skip
 QUICK_CLIENT = ["takes-any-peer", "sends-early-payload", "takes-nan-in-replies", "uses-one-session-id"]
 

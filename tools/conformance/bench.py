@@ -6,6 +6,7 @@ import os
 import random
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,15 +26,19 @@ class Session:
 
     def __init__(
         self, bench: Bench, peer: Peer, *, max_len: int = 64, batch: int = 1, dtype: str = "f32", codec: str = "raw",
-        sid: bytes | None = None, **changes: Any,
+        sid: bytes | None = None, additions: Mapping[str, Array] | None = None, **changes: Any,
     ) -> None:  # fmt: skip
         self.bench, self.peer = bench, peer
         self.sid = sid or os.urandom(16)
         self.batch, self.dtype, self.codec = batch, dtype, codec
         self.n = self.pos = 0
         self.open_head = bench.open_head(self.sid, max_len=max_len, batch=batch, dtype=dtype, codec=codec) | changes
+        self.open_body = b""
+        if additions is not None:
+            described, self.open_body = tensors.pack(additions)
+            self.open_head |= {"t": described}
         bench.sessions.append(self)
-        self.opened = peer.ask("open", self.open_head)
+        self.opened = peer.ask("open", self.open_head, self.open_body)
 
     def head(self, hidden: Array, **changes: Any) -> dict[str, Any]:
         tensor = tensors.descriptor(hidden, self.dtype, self.codec)

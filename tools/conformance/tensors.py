@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,11 @@ def encode(values: Array, dtype: str = "f32", codec: str = "raw") -> bytes:
         scales, codes = quantize(values)
         return scales.astype("<f4").tobytes() + codes.tobytes()
     return bytes(narrow(values, dtype).tobytes())
+
+
+def pack(given: Mapping[str, Array]) -> tuple[list[dict[str, Any]], bytes]:
+    """Descriptors and body of float32 tensors."""
+    return [descriptor(array, name=name) for name, array in given.items()], b"".join(map(encode, given.values()))
 
 
 def narrow(values: Array, dtype: str) -> Array:

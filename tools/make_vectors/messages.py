@@ -15,6 +15,11 @@ H = (Descriptor("h", "f16", (1, 2, 64)),)
 MASK, GRAD = Descriptor("mask", "u8", (1, 2)), Descriptor("grad", "f16", (1, 2, 64))
 PROMPTS = Descriptor("prompts", "f32", (2, 1, 64))
 LORA = (Descriptor("dense.lora_A", "f32", (2, 4, 64)), Descriptor("dense.lora_B", "f32", (2, 64, 4)))
+ADDITIONS = (
+    Descriptor("prompts", "f16", (2, 3, 64)),
+    Descriptor("dense.lora_A", "f32", (2, 4, 64)),
+    Descriptor("dense.lora_B", "f32", (2, 64, 4)),
+)
 HOP = m.Hop(peer=bytes([0x31]) * 32, sid=bytes([0x61]) * 16)
 
 GOOD: dict[str, tuple[str, m.Message]] = {
@@ -23,6 +28,14 @@ GOOD: dict[str, tuple[str, m.Message]] = {
     "open from a peer": (
         "request",
         m.Open(sid=SID, model=MODEL, blocks=(2, 4), max_len=128, batch=2, dtype="bf16", codec="i8b64", from_=PEER),
+    ),
+    "open with additions": (
+        "request",
+        m.Open(sid=SID, model=MODEL, blocks=(0, 2), max_len=128, batch=1, dtype="f16", codec="raw", tensors=ADDITIONS),
+    ),
+    "open with a held adapter": (
+        "request",
+        m.Open(sid=SID, model=MODEL, blocks=(0, 2), max_len=128, batch=1, dtype="f16", codec="raw", adapter="tone"),
     ),
     "open, answered": ("reply", m.OpenReply(pos=0, ttl=600)),
     "step": ("request", m.Step(sid=SID, n=0, pos=0, tensors=H)),
@@ -82,6 +95,13 @@ BAD: dict[str, tuple[str, dict[str, Any], ErrorCode]] = {
     "max_len 2^31": ("open", OPEN | {"max_len": 2**31}, ErrorCode.RESOURCES),
     "batch 10^6": ("open", OPEN | {"batch": 10**6}, ErrorCode.RESOURCES),
     "unknown codec": ("open", OPEN | {"codec": "zip"}, ErrorCode.UNSUPPORTED),
+    "half of an adapter": ("open", OPEN | {"t": [ADDITIONS[1].to_wire()]}, ErrorCode.BAD_REQUEST),
+    "prompts of other blocks": ("open", OPEN | {"blocks": [0, 1], "t": [ADDITIONS[0].to_wire()]}, ErrorCode.TENSOR),
+    "an adapter twice": (
+        "open",
+        OPEN | {"adapter": "tone", "t": [tensor.to_wire() for tensor in ADDITIONS[1:]]},
+        ErrorCode.BAD_REQUEST,
+    ),
     "unknown dtype": ("open", OPEN | {"dtype": "f8"}, ErrorCode.UNSUPPORTED),
     "no hidden states": ("forward", FORWARD | {"t": [MASK.to_wire()]}, ErrorCode.BAD_REQUEST),
     "a tensor of another name": ("forward", _with(FORWARD, ("lora", "f32", (1,))), ErrorCode.BAD_REQUEST),
