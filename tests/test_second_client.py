@@ -7,6 +7,7 @@ import json
 import random
 import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -98,23 +99,26 @@ def test_its_tokens_are_the_reference_s(tmp_path: Path) -> None:
     [reference] = compare.by_transformers([prompt], 24)
     with compare.servers(swarm_key=key) as addresses:
         for wire, close in compare.CLOSE.items():
-            ours = compare.by_javascript(addresses, prompt, 24, wire, key)
-            assert compare.agreement(ours, reference, close), (wire, ours.tokens, reference.tokens)
-            if wire == "f32":
-                assert ours.tokens == reference.tokens
+
+            def go_on(ids: list[int], count: int, wire: str = wire) -> compare.Continuation:
+                return compare.by_javascript(addresses, prompt + ids, count, wire, key)
+
+            assert compare.follow(go_on, reference, close), wire
         with pytest.raises(RuntimeError, match="other network or other key"):
             compare.by_javascript(addresses, prompt, 1, "f32")  # without the key nobody gets in
 
 
-def test_agreement_ends_at_a_close_choice_and_fails_before_it() -> None:
-    def made(tokens: list[int], margins: list[float]) -> compare.Continuation:
-        return compare.Continuation(tokens, margins)
+def test_all_steps_are_compared_behind_close_choices_too() -> None:
+    theirs = compare.Continuation([1, 2, 3, 4], [1.0, 0.01, 1.0, 1.0])
 
-    theirs = made([1, 2, 3], [1.0, 0.01, 1.0])
-    assert compare.agreement(made([1, 2, 3], []), theirs, 0.0) == 3
-    assert compare.agreement(made([1, 9, 9], []), theirs, 0.02) == 1
-    assert compare.agreement(made([9, 2, 3], []), theirs, 0.02) is None
-    assert compare.agreement(made([1, 2, 9], []), theirs, 0.0) is None
+    def client(*tokens: int) -> Callable[[list[int], int], compare.Continuation]:
+        """Says these tokens, in the place of those that it is not given."""
+        return lambda ids, count: compare.Continuation(list(tokens[len(ids) :]), [])
+
+    assert compare.follow(client(1, 2, 3, 4), theirs, 0.02) == compare.Comparison(1, 0)
+    assert compare.follow(client(1, 9, 3, 4), theirs, 0.02) == compare.Comparison(1, 1)
+    assert compare.follow(client(1, 9, 3, 9), theirs, 0.02) is None
+    assert compare.follow(client(1, 9, 3, 4), theirs, 0.0) is None
 
 
 def judged_here(count: int) -> list[tuple[str, str]]:

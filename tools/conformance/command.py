@@ -71,7 +71,7 @@ def _cases(options: argparse.Namespace) -> int:
         cases = [case for case in cases if not case.slow and not case.long]
     if options.list:
         for case in cases:
-            print(f"{case.id:<18} {case.level:<7} {' '.join(case.requirements):<44} {case.title}")
+            print(f"{case.id:<16} {case.level:<6} {case.title} [{' '.join(case.requirements)}]")
         return 0
     if not cases:
         print("no case matches", file=sys.stderr)

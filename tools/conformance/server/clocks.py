@@ -139,3 +139,11 @@ def connections_by_one_host(bench: Bench) -> None:
     for peer in peers:
         peer.ping()
         peer.close()
+
+
+@case("clocks/010", "PT-STR-063 PT-FRM-020", slow=True)
+def no_hello(bench: Bench) -> None:
+    """A peer that shakes hands and says nothing more, not even HELLO, is sent away as idle"""
+    link = bench.link()
+    seen = link.expect_close({"idle", "protocol"}, LIMIT["IDLE_SECONDS"] * 3 + 10)
+    bench.should(seen, "GOAWAY before the end")

@@ -240,6 +240,16 @@ def empty_message_3(bench: Bench) -> None:
         link.expect_silent_close()
 
 
+@case("handshake/045", "PT-TRN-064 PT-TRN-027")
+def message_3_twice(bench: Bench) -> None:
+    """Message 3 twice: the second is no record, so the connection ends"""
+    link, noise = until_message_2(bench)
+    message = framed(noise.write(Identity().certificate(noise.s.public, bench.target.network, now() + HALF_DAY)))
+    link.send_cipher, link.recv_cipher = noise.split()
+    link.send_raw(message * 2)
+    link.expect_close({"decrypt", "frame"})
+
+
 @case("handshake/035", "PT-TRN-031", level="should")
 def half_day(bench: Bench) -> None:
     """The server's certificate ends about half a day from now"""
