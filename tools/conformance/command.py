@@ -1,4 +1,4 @@
-"""The command line of the tool."""
+"""Measure a server or a client of the petalite protocol against its specification (spec/README.md tells more)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import json
 import random
 import re
+import shutil
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -27,7 +28,10 @@ def parser() -> argparse.ArgumentParser:
     sides = made.add_subparsers(dest="side", required=True)
     server = sides.add_parser("server", help="test a server")
     server.add_argument("address", nargs="?", metavar="ADDRESS", help="petalite://PEER_ID@HOST:PORT")
-    client = sides.add_parser("client", help="test a client: it is started once for each case")
+    environment = (
+        "What the client has to do comes in its environment, and what it says is JSON: see spec/first-client.md."
+    )
+    client = sides.add_parser("client", help="test a client: it is started once for each case", epilog=environment)
     client.add_argument("--listen", default="127.0.0.1:0", metavar="HOST:PORT", help="where the test servers listen")
     client.add_argument("command", nargs="*", metavar="COMMAND", help="the client, after --")
     soak = sides.add_parser("soak", help="send a server thousands of hostile connections")
@@ -97,6 +101,7 @@ def _server(options: argparse.Namespace, cases: Sequence[registry.Case]) -> int:
     if not options.address:
         raise ValueError("ADDRESS is missing")
     target = parse_address(options.address, *_network(options))
+    target.connect().close()  # where nothing listens there is nothing to test
     try:
         hello, info = describe(target)
     except Failed as failure:  # every case will say so, each in its way
@@ -121,6 +126,8 @@ def _client(options: argparse.Namespace, cases: Sequence[registry.Case]) -> int:
 
     if not options.command:
         raise ValueError("COMMAND is missing: tools/conformance client [options] -- COMMAND...")
+    if shutil.which(options.command[0]) is None:
+        raise ValueError(f"there is no program {options.command[0]!r}")
     network, key = _network(options)
     host, _, port = options.listen.rpartition(":")
     with Harness(

@@ -6,7 +6,7 @@ import base64
 import html
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape, quoteattr
@@ -36,8 +36,13 @@ def readable(entry: dict[str, Any]) -> str:
 
 
 def summary(results: Sequence[Result]) -> str:
+    """The counts, and again which cases have to be looked at."""
     counts = Counter(result.verdict for result in results)
-    return f"{len(results)} cases: " + ", ".join(f"{counts[word]} {word}" for word in VERDICTS)
+    lines = [f"{len(results)} cases: " + _counts(counts)]
+    for verdict in ("fail", "error", "non-strict"):
+        if named := [result.case.id for result in results if result.verdict == verdict]:
+            lines.append(f"{verdict}: {' '.join(named)}")
+    return "\n".join(lines)
 
 
 def conforms(results: Sequence[Result]) -> bool:
@@ -120,8 +125,12 @@ def write_html(path: Path, reports: Sequence[dict[str, Any]]) -> None:
         cells = "".join(_cell(column.get(name)) for column in columns)
         rows.append(f'<tr><th id="{name}">{name}</th><td>{title}</td>{cells}</tr>')
     agents = "".join(f"<th>{html.escape(report['agent'])}<br>{report['side']}</th>" for report in reports)
-    text = "; ".join(f"{html.escape(report['agent'])}: {report['totals']}" for report in reports)
+    text = "; ".join(f"{report['agent']}: {_counts(report['totals'])}" for report in reports)
     path.write_text(_PAGE.format(summary=html.escape(text), agents=agents, rows="\n".join(rows)))
+
+
+def _counts(totals: Mapping[str, int]) -> str:
+    return ", ".join(f"{totals.get(word, 0)} {word}" for word in VERDICTS)
 
 
 def _cell(case: dict[str, Any] | None) -> str:
