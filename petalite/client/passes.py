@@ -117,7 +117,7 @@ class Passes:
                 whole[piece.rows] = part
             done.pieces.append((piece.rows, segments))
 
-        await self._all(run, pieces)
+        await self._all(given, run, pieces)
         return done
 
     async def backward(self, done: Pass, given: Given, loss: Loss) -> dict[str, Tensor]:
@@ -144,15 +144,19 @@ class Passes:
             if "h" in made:
                 made["h"][rows] = flowing
 
-        await self._all(run, done.pieces)
+        await self._all(given, run, done.pieces)
         return made
 
-    async def _all(self, run: Callable[[T], Awaitable[None]], pieces: Sequence[T]) -> None:
-        async with open_flat_nursery() as nursery:
-            for piece in pieces:
-                nursery.start_soon(run, piece)
-        self._judge.step_done()
-        for planner in self._planners.values():
+    async def _all(self, given: Given, run: Callable[[T], Awaitable[None]], pieces: Sequence[T]) -> None:
+        """All pieces side by side. However it ends, nothing but bans is held against anybody in the next pass."""
+        planner = self._planner(given)
+        planner.progressed()
+        try:
+            async with open_flat_nursery() as nursery:
+                for piece in pieces:
+                    nursery.start_soon(run, piece)
+        finally:
+            self._judge.step_done()
             planner.step_done()
 
     # Cutting

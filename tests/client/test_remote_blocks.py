@@ -383,16 +383,38 @@ def test_servers_that_do_not_train_are_left_alone() -> None:
     play(scene)
 
 
-def test_what_all_servers_call_our_fault_is_raised_and_bans_nobody() -> None:
+def test_what_all_servers_call_our_fault_is_raised_and_held_against_nobody() -> None:
     async def scene() -> None:
-        async def refuse(place: Place, call: Call, handler: Handler) -> Reply:
-            raise RequestError(ErrorCode.BAD_REQUEST, "field 'blocks' must be a unicorn")
+        refusing = True
 
-        hidden, weight, _, _ = plain(2, 9)
+        async def refuse(place: Place, call: Call, handler: Handler) -> Reply:
+            if refusing:
+                raise RequestError(ErrorCode.BAD_REQUEST, "field 'blocks' must be a unicorn")
+            return await handler(call)
+
+        hidden, weight, _, wanted = plain(2, 9)
         async with open_world(load_parts(), ONE, ONE, tap=refuse) as world, world.client(wire="f32") as model:
             with pytest.raises(RequestError, match="unicorn"):
                 await gradient(model, hidden, weight)
             assert not model.node.bans.entries
+            refusing = False
+            began = trio.current_time()
+            assert distance((await gradient(model, hidden, weight))[1], wanted) < CLOSE
+            assert trio.current_time() - began < 0.1
+
+    play(scene)
+
+
+def test_a_pass_gives_up_at_the_callers_deadline_and_the_next_one_may_be_luckier() -> None:
+    async def scene() -> None:
+        hidden, weight, _, wanted = plain(2, 9)
+        async with open_world(load_parts(), TWO) as world, world.client(wire="f32") as model:
+            world.places[1].host.die()
+            for _ in range(2):
+                with pytest.raises(SessionError, match="blocks 4:8"), trio.move_on_after(20):
+                    await gradient(model, hidden, weight)
+            world.places[1].host.resume()
+            assert distance((await gradient(model, hidden, weight))[1], wanted) < CLOSE
 
     play(scene)
 
