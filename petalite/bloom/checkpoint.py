@@ -1,6 +1,6 @@
 """Where a checkpoint's tensors lie, and their bytes (safetensors, one file or sharded with an index; spec: model).
 
-Plain reads into memory of our own: a mapped file would count as resident, and hashing sees every byte on its way.
+Plain reads into memory of our own: a mapped file would count as resident, and could change under a hash that was right.
 Only the files that hold a wanted tensor are ever opened. Pickled weights are refused.
 """
 
@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ INDEX_FILE = "model.safetensors.index.json"
 PREFIX = "transformer."
 MAX_HEADER = 100_000_000  # as the safetensors library
 READ_BYTES = 4 * 2**20
+# Beyond this many no disk keeps up.
+HASHING_THREADS = min(4, os.cpu_count() or 1)
 
 DTYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -126,16 +129,14 @@ class Checkpoint:
             )
         return info
 
-    def read(self, info: TensorInfo, into: Tensor, sha: hashlib._Hash | None = None) -> None:
-        """Fill `into` (CPU, contiguous, of the file's dtype and shape) with the tensor; feed its bytes to `sha` too."""
+    def read(self, info: TensorInfo, into: Tensor) -> None:
+        """Fill `into` (CPU, contiguous, of the file's dtype and shape) with the tensor."""
         view = _bytes_of(into)
         with _open(info.path) as file:
             file.seek(info.begin)
             for first in range(0, info.nbytes, READ_BYTES):
                 piece = view[first : min(first + READ_BYTES, info.nbytes)]
                 _read_exactly(file, piece, info)
-                if sha is not None:
-                    sha.update(piece)
 
     def digest(self, info: TensorInfo) -> str:
         """SHA-256 of a tensor's bytes in hex, in bounded memory."""
@@ -235,6 +236,11 @@ def _read_exactly(file: BinaryIO, piece: memoryview, info: TensorInfo) -> None:
         if not n:
             raise CheckpointError(f"{info.path}: truncated within tensor {info.name}")
         done += n
+
+
+def sha256_of(tensor: Tensor) -> str:
+    """SHA-256 of the bytes of a contiguous CPU tensor, in hex."""
+    return hashlib.sha256(_bytes_of(tensor)).hexdigest()
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

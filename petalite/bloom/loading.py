@@ -1,20 +1,22 @@
 """From a checkpoint to modules: a span of blocks, the embeddings, the head (spec: model).
 
-At most one tensor exists twice at any moment: the one that is being converted, quantized or moved to the device.
+At most two tensors exist twice at any moment: the one that is being converted, quantized or moved to the device, and
+the one read before it.
 """
 
 from __future__ import annotations
 
-import hashlib
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from petalite.bloom.blocks import Block, Embeddings, Head
-from petalite.bloom.checkpoint import DTYPES, Checkpoint, block_prefix
+from petalite.bloom.checkpoint import DTYPES, HASHING_THREADS, Checkpoint, TensorInfo, block_prefix, sha256_of
 from petalite.bloom.manifest import Manifest
 from petalite.bloom.quantize import Int8Linear, quantize_rows
 from petalite.bloom.span import Span
@@ -41,20 +43,20 @@ def load_span(
     With `manifest` every tensor's bytes are checked on their way. `progress` is called first and after each block.
     Raises `CheckpointError` when the checkpoint or the range is wrong.
     """
-    reader = _Reader(directory, dtype, device, manifest)
-    config = reader.checkpoint.config
-    if not 0 <= start < end <= config.n_layer:
-        raise CheckpointError(f"{directory}: has blocks 0:{config.n_layer}, cannot serve {start}:{end}")
+    blocks: list[Block] = []
     report = progress or (lambda done, total: None)
-    report(0, end - start)
-    blocks = []
-    for index in range(start, end):
-        with torch.device("meta"):
-            block = Block(config)
-        if quantize == "int8":
-            use_int8(block)
-        blocks.append(reader.fill(block, block_prefix(index)))
-        report(len(blocks), end - start)
+    with _Reader(directory, dtype, device, manifest) as reader:
+        config = reader.checkpoint.config
+        if not 0 <= start < end <= config.n_layer:
+            raise CheckpointError(f"{directory}: has blocks 0:{config.n_layer}, cannot serve {start}:{end}")
+        report(0, end - start)
+        for index in range(start, end):
+            with torch.device("meta"):
+                block = Block(config)
+            if quantize == "int8":
+                use_int8(block)
+            blocks.append(reader.fill(block, block_prefix(index)))
+            report(len(blocks), end - start)
     return Span(config, start, end, blocks)
 
 
@@ -66,10 +68,10 @@ def load_embeddings(
     manifest: Manifest | None = None,
 ) -> Embeddings:
     """Load the word embeddings and their norm. Raises `CheckpointError`."""
-    reader = _Reader(directory, dtype, device, manifest)
-    with torch.device("meta"):
-        embeddings = Embeddings(reader.checkpoint.config)
-    return reader.fill(embeddings, "")
+    with _Reader(directory, dtype, device, manifest) as reader:
+        with torch.device("meta"):
+            embeddings = Embeddings(reader.checkpoint.config)
+        return reader.fill(embeddings, "")
 
 
 def load_head(
@@ -84,20 +86,23 @@ def load_head(
 
     Raises `CheckpointError`.
     """
-    reader = _Reader(directory, dtype, device, manifest)
-    config = reader.checkpoint.config
-    with torch.device("meta"):
-        head = Head(config)
-    tied = config.tie_word_embeddings
-    if tied and embeddings is not None:
-        head.lm_head.weight = embeddings.word_embeddings.weight
-        reader.fill(head.ln_f, "ln_f.")
-        return head
-    return reader.fill(head, "", {"lm_head.weight": "word_embeddings.weight"} if tied else {})
+    with _Reader(directory, dtype, device, manifest) as reader:
+        config = reader.checkpoint.config
+        with torch.device("meta"):
+            head = Head(config)
+        tied = config.tie_word_embeddings
+        if tied and embeddings is not None:
+            head.lm_head.weight = embeddings.word_embeddings.weight
+            reader.fill(head.ln_f, "ln_f.")
+            return head
+        return reader.fill(head, "", {"lm_head.weight": "word_embeddings.weight"} if tied else {})
 
 
 class _Reader:
-    """Fills modules on the meta device from one checkpoint."""
+    """Fills modules on the meta device from one checkpoint. A context manager: what was filled counts once it is left.
+
+    Tensors are hashed beside the reading, several at once: one core hashes no faster than a good disk reads.
+    """
 
     def __init__(
         self, directory: Path | str, dtype: torch.dtype, device: torch.device | str, manifest: Manifest | None
@@ -108,7 +113,21 @@ class _Reader:
         self.manifest = manifest
         if manifest is not None:
             manifest.check_config(self.checkpoint.config, self.checkpoint.directory)
-        self._scratch = torch.empty(0, dtype=torch.uint8)
+        # Two buffers: one is hashed while the other is read.
+        empty = torch.empty(0, dtype=torch.uint8)
+        self._scratch: deque[tuple[Tensor, Future[None] | None]] = deque([(empty, None), (empty, None)])
+        self._hashing = ThreadPoolExecutor(HASHING_THREADS)
+        self._checks: list[Future[None]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        """Raises `CheckpointError` for the first tensor that is not the manifest's."""
+        self._hashing.shutdown(cancel_futures=kind is not None)
+        if kind is None:
+            for check in self._checks:
+                check.result()
 
     def fill(self, module: M, prefix: str, aliases: dict[str, str] | None = None) -> M:
         """Give every parameter of `module` its tensor: `prefix` + its own name, or what `aliases` says."""
@@ -138,22 +157,29 @@ class _Reader:
         return self._raw(name).to(device=self.device, dtype=self.dtype, copy=True)
 
     def _raw(self, name: str) -> Tensor:
-        """In the file's dtype, in a scratch buffer that the next call overwrites."""
+        """In the file's dtype, in a scratch buffer that the next call leaves alone and the one after it overwrites."""
         info = self.checkpoint.find(name)
-        if self._scratch.numel() < info.nbytes:
-            self._scratch = torch.empty(info.nbytes, dtype=torch.uint8)
-        tensor = self._scratch[: info.nbytes].view(DTYPES[info.dtype]).view(info.shape)
-        self._read(name, tensor)
+        scratch, hashed = self._scratch.popleft()
+        if hashed is not None:
+            hashed.result()
+        if scratch.numel() < info.nbytes:
+            scratch = torch.empty(info.nbytes, dtype=torch.uint8)
+        tensor = scratch[: info.nbytes].view(DTYPES[info.dtype]).view(info.shape)
+        self._scratch.append((scratch, self._read(name, tensor)))
         return tensor
 
-    def _read(self, name: str, into: Tensor) -> None:
+    def _read(self, name: str, into: Tensor) -> Future[None] | None:
+        """Read a tensor; what is returned is done when its hash has been compared."""
         info = self.checkpoint.find(name)
+        self.checkpoint.read(info, into)
         if self.manifest is None:
-            self.checkpoint.read(info, into)
-            return
-        sha = hashlib.sha256()
-        self.checkpoint.read(info, into, sha)
-        self.manifest.check_tensor(name, info, sha.hexdigest())
+            return None
+        self._checks = [check for check in self._checks if not check.done() or check.result()]
+        self._checks.append(self._hashing.submit(self._check, self.manifest, name, info, into))
+        return self._checks[-1]
+
+    def _check(self, manifest: Manifest, name: str, info: TensorInfo, tensor: Tensor) -> None:
+        manifest.check_tensor(name, info, sha256_of(tensor))
 
 
 def use_int8(block: nn.Module) -> None:

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
 import struct
+from collections import deque
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from petalite.bloom.checkpoint import DTYPES, Checkpoint, TensorInfo, tensor_shapes
+from petalite.bloom.checkpoint import DTYPES, HASHING_THREADS, Checkpoint, TensorInfo, tensor_shapes
 from petalite.bloom.config import BloomConfig
 from petalite.errors import CheckpointError
 
@@ -120,13 +123,20 @@ def make_manifest(directory: Path | str, progress: Callable[[int, int], None] | 
     report = progress or (lambda done, total: None)
     infos = {name: checkpoint.find(name) for name in tensor_shapes(checkpoint.config)}
     total, done = sum(info.nbytes for info in infos.values()), 0
-    entries = {}
-    for name, info in infos.items():
-        report(done, total)
-        entries[name] = TensorEntry(info.dtype, info.shape, checkpoint.digest(info))
-        done += info.nbytes
-    report(done, total)
-    return Manifest(_numbers_only(checkpoint.config), entries)
+    entries: dict[str, TensorEntry] = {}
+    left = iter(infos.items())
+    hashing: deque[tuple[str, TensorInfo, Future[str]]] = deque()
+    with ThreadPoolExecutor(HASHING_THREADS) as threads:
+        while True:
+            # Few at a time, so that nothing is left to do when this is given up.
+            for name, info in itertools.islice(left, HASHING_THREADS - len(hashing)):
+                hashing.append((name, info, threads.submit(checkpoint.digest, info)))
+            report(done, total)
+            if not hashing:
+                return Manifest(_numbers_only(checkpoint.config), entries)
+            name, info, digest = hashing.popleft()
+            entries[name] = TensorEntry(info.dtype, info.shape, digest.result())
+            done += info.nbytes
 
 
 def load_or_make(directory: Path | str, progress: Callable[[int, int], None] | None = None) -> Manifest:

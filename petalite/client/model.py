@@ -17,6 +17,7 @@ from petalite.bloom.config import BloomConfig
 from petalite.bloom.loading import load_embeddings, load_head
 from petalite.bloom.lora import stack_adapter
 from petalite.bloom.manifest import Manifest, load_or_make
+from petalite.bloom.packed import quicken
 from petalite.client.blocking import Portal
 from petalite.client.given import Given
 from petalite.client.passes import Passes
@@ -48,6 +49,7 @@ def load_local_parts(model: str, device: str = "cpu", dtype: torch.dtype = torch
     manifest = load_or_make(directory)
     embeddings = load_embeddings(directory, dtype=dtype, device=device, manifest=manifest)
     head = load_head(directory, embeddings=embeddings, dtype=dtype, device=device, manifest=manifest)
+    quicken(head)
     return LocalParts(
         model_name(model),
         BloomConfig.load(directory),

@@ -10,8 +10,8 @@ from torch import nn
 
 from petalite.bloom.cache import CachePool
 from petalite.bloom.config import BloomConfig
-from petalite.bloom.loading import load_span
-from petalite.bloom.packed import PackedInt8, PackedLinear, pack
+from petalite.bloom.loading import load_embeddings, load_head, load_span
+from petalite.bloom.packed import PackedInt8, PackedLinear, UnpackedLinear, pack, quicken
 from petalite.bloom.quantize import Int8Linear, quantize_rows
 from petalite.bloom.span import Part
 from petalite.bloom.synthetic import random_span
@@ -36,7 +36,7 @@ def an_int8_linear(inputs: int, outputs: int) -> Int8Linear:
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(96, 288), (60, 240), (7, 5)])
-@pytest.mark.parametrize("rows", [1, 2, 8, 33])
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 33])
 def test_a_packed_product_is_the_plain_one(inputs, outputs, rows):
     plain = a_linear(inputs, outputs)
     x = torch.randn(rows, inputs)
@@ -47,7 +47,7 @@ def test_a_packed_product_is_the_plain_one(inputs, outputs, rows):
 
 @needs_vnni
 @pytest.mark.parametrize(("inputs", "outputs"), [(96, 288), (60, 240), (7, 5)])
-@pytest.mark.parametrize("rows", [1, 2, 8, 33])
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 33])
 def test_a_packed_int8_product_rounds_its_input_to_16_bits_and_nothing_else(inputs, outputs, rows):
     plain = an_int8_linear(inputs, outputs)
     x = torch.randn(rows, inputs) * torch.logspace(-6, 6, rows)[:, None]
@@ -57,6 +57,25 @@ def test_a_packed_int8_product_rounds_its_input_to_16_bits_and_nothing_else(inpu
     packed = PackedInt8(plain)
     assert ((packed(x) - plain(x)).abs() <= 1.01 * most + 1e-5 * plain(x).abs().amax(dim=1, keepdim=True)).all()
     torch.testing.assert_close(packed.plain_weight(), plain.weight * plain.scale[:, None])
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_quickened_head_is_the_plain_one_and_keeps_its_tie_and_its_gradients(pair, rows):
+    p = pair()
+    embeddings = load_embeddings(p.directory)
+    head = load_head(p.directory, embeddings=embeddings)
+    quicken(head)
+    assert isinstance(head.lm_head, UnpackedLinear)
+    assert head.lm_head.weight is embeddings.word_embeddings.weight
+    hidden = torch.randn(rows, head.lm_head.in_features)
+    torch.testing.assert_close(head(hidden), p.head(hidden), rtol=1e-5, atol=1e-5)
+    gradients = []
+    for each in (head, p.head):
+        with torch.enable_grad():
+            x = hidden.clone().requires_grad_()
+            each(x).square().sum().backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)
 
 
 @needs_vnni

@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> Result | None:
         print(json.dumps(trio.run(_link_client, Address.parse(arguments.link_client), arguments.seconds)))
         return None
     result = Result("wire", {**machine(), "rounds": arguments.rounds, "messages in flight": IN_FLIGHT})
-    with _peer_process("127.0.0.1") as peer:
+    with peer_process("127.0.0.1") as peer:
         trio.run(_measure_loopback, peer, arguments.rounds, result)
     _measure_link(arguments, result)
     return result
@@ -121,7 +121,7 @@ async def _read_exactly(stream: trio.SocketStream, space: bytearray) -> memoryvi
 
 
 @contextlib.contextmanager
-def _peer_process(host: str, prefix: tuple[str, ...] = ()) -> Iterator[dict[str, Any]]:
+def peer_process(host: str, prefix: tuple[str, ...] = ()) -> Iterator[dict[str, Any]]:
     command = [*prefix, sys.executable, str(Path(__file__).parent), "wire", "--peer", host]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stdin is not None
@@ -152,7 +152,7 @@ async def _measure_throughput(
     for number in range(rounds + 1):
         ciphers.append(_cipher_rate())
         raws.append(await _raw_throughput(raw_port, size, count))
-        ours.append(await _our_throughput(connection, size, count))
+        ours.append(await our_throughput(connection, size, count))
         if not number:  # warm-up
             ciphers, raws, ours = [], [], []
     ratio = statistics.median(mine / cipher for mine, cipher in zip(ours, ciphers, strict=True))
@@ -196,7 +196,7 @@ async def _raw_throughput(port: int, size: int, count: int) -> float:
         return count * size / (time.perf_counter() - started)
 
 
-async def _our_throughput(connection: PeerConnection, size: int, count: int) -> float:
+async def our_throughput(connection: PeerConnection, size: int, count: int) -> float:
     body = (bytes(size),)
 
     async def sender() -> None:
@@ -225,7 +225,7 @@ async def _measure_round_trip(
             await stream.send_all(body[0])
             await _receive_message(stream, size)
 
-        pairs = [(await _median_time(raw), await _median_time(ours)) for _ in range(rounds + 1)][1:]
+        pairs = [(await median_time(raw), await median_time(ours)) for _ in range(rounds + 1)][1:]
     raw_time, our_time = (statistics.median(times) for times in zip(*pairs, strict=True))
     ratio = statistics.median(mine / theirs for theirs, mine in pairs)
     result.rows.append(
@@ -239,7 +239,7 @@ async def _measure_round_trip(
     result.bars[f"round trip {size // KIB} KiB <= 3 x raw Trio: {ratio:.2f}"] = ratio <= 3
 
 
-async def _median_time(once: Callable[[], Awaitable[None]], count: int = 300) -> float:
+async def median_time(once: Callable[[], Awaitable[None]], count: int = 300) -> float:
     times = []
     for _ in range(count):
         started = time.perf_counter()
@@ -256,7 +256,7 @@ def _measure_link(arguments: argparse.Namespace, result: Result) -> None:
     if arguments.no_link:
         return
     try:
-        with _link.slow_link() as link, _peer_process(link.server_host, link.server_prefix) as peer:
+        with _link.slow_link() as link, peer_process(link.server_host, link.server_prefix) as peer:
             command = [
                 *link.client_prefix, sys.executable, str(Path(__file__).parent), "wire", "--link-client",
                 peer["address"], "--seconds", str(arguments.seconds),
