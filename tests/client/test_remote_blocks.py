@@ -20,7 +20,8 @@ from transformers import BloomModel
 
 from petalite.client.api import BlockingModel, RemoteModel, connect
 from petalite.client.blocking import open_portal
-from petalite.client.passes import Given, Loss
+from petalite.client.given import Given
+from petalite.client.passes import Loss
 from petalite.client.session import SessionError
 from petalite.errors import ErrorCode, LocalProtocolError, RequestError
 from petalite.identity import Identity

@@ -28,7 +28,8 @@ from petalite.bloom.packed import pack
 from petalite.bloom.span import Span
 from petalite.bloom.synthetic import random_span
 from petalite.client.api import BlockingModel, BlockingSwarm, Swarm, connect
-from petalite.client.passes import Given, Loss, Passes
+from petalite.client.given import Given
+from petalite.client.passes import Loss, Passes
 from petalite.client.session import InferenceSession
 from petalite.identity import Address, Identity
 from petalite.models import FAIRYTALE, find_model
