@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from petalite import limits
 from petalite.bloom.cache import Rows
 from petalite.identity import PeerId
 from petalite.server.sessions import Session
@@ -30,7 +29,7 @@ def plan_eviction(
     `held`: cache tokens of each peer; `wanted`: those that `owner` asks for; `share`: what a peer may hold for sure.
     """
     idle = sorted((s for s in sessions if not s.in_progress), key=lambda session: session.used_at)
-    order = [session for session in idle if now - session.used_at >= limits.PARK_SECONDS]
+    order = [session for session in idle if session.parked(now)]
     if held.get(owner, 0) + wanted <= share:
         order += _beyond_share([s for s in idle if s not in order], held, order, share)
     rows = [session.rows for session in order]

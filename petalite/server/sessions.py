@@ -114,6 +114,10 @@ class Session:
         """A step runs or waits for its turn: the session is not to be touched."""
         return self.state in IN_PROGRESS
 
+    def parked(self, now: float) -> bool:
+        """Unused for so long that it may go for another's sake."""
+        return not self.in_progress and now - self.used_at >= limits.PARK_SECONDS
+
     def lapsed(self, now: float, idle_seconds: float) -> bool:
         """Opened without a step done, idle, or too old; never with a step in progress."""
         idle = limits.SESSION_OPEN_SECONDS if self.n == 0 else idle_seconds

@@ -7,7 +7,7 @@ Pure but for the cache memory that it reserves: time is an argument, nothing wai
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from petalite import limits
@@ -69,8 +69,7 @@ class SessionTable:
 
     def room_left(self, now: float) -> int:
         """Cache tokens that an open can have: free, or in parked sessions."""
-        parked = (s for s in self._sessions.values() if not s.in_progress and now - s.used_at >= limits.PARK_SECONDS)
-        return self.pool.free + sum(session.tokens for session in parked)
+        return self.pool.free + sum(session.tokens for session in self._parked(now))
 
     # Opening
 
@@ -87,13 +86,13 @@ class SessionTable:
                 raise RequestError(ErrorCode.CONFLICT, "the session exists already, with other fields")
             return known
         self.check_served(message.model, message.blocks)
-        if self._by_owner[owner] >= limits.MAX_SESSIONS_PER_PEER or len(self._sessions) >= limits.MAX_SESSIONS:
-            text = f"too many sessions: {self._by_owner[owner]} of yours, {len(self._sessions)} in all"
-            raise RequestError(ErrorCode.RESOURCES, text, {"retry": True, "after": 1000})
+        self._check_places(owner, now)
         start, end = message.blocks
         additions = additions or Additions(self._subspan(start, end))
         beside = -(-additions.nbytes // self.pool.bytes_per_token)
         self._make_room(owner, message.batch, message.max_len, now, beside=beside)
+        if len(self._sessions) >= limits.MAX_SESSIONS:
+            self._drop(min(self._parked(now), key=lambda session: session.used_at), SessionEvent.LAPSE)
         blocks = slice(start - self.served[0], end - self.served[0])
         rows = self.pool.reserve(message.batch, message.max_len, blocks, beside)
         session = Session(owner, message, additions, rows, now, now)
@@ -111,6 +110,16 @@ class SessionTable:
         if not self.served[0] <= start < end <= self.served[1]:
             text = f"blocks {start}:{end} are asked, {self.served[0]}:{self.served[1]} are served"
             raise RequestError(ErrorCode.NOT_SERVED, text, detail)
+
+    def _check_places(self, owner: PeerId, now: float) -> None:
+        """One more session of `owner` may have a place, if need be a parked one's. Raises RESOURCES."""
+        held, full = self._by_owner[owner], len(self._sessions) >= limits.MAX_SESSIONS
+        if held >= limits.MAX_SESSIONS_PER_PEER or (full and not any(self._parked(now))):
+            text = f"too many sessions: {held} of yours, {len(self._sessions)} in all"
+            raise RequestError(ErrorCode.RESOURCES, text, {"retry": True, "after": 1000})
+
+    def _parked(self, now: float) -> Iterator[Session]:
+        return (session for session in self._sessions.values() if session.parked(now))
 
     def _make_room(
         self, owner: PeerId, batch: int, length: int, now: float, *, beside: int = 0, spare: Session | None = None

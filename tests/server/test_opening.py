@@ -86,6 +86,26 @@ async def test_sessions_of_a_peer_and_of_all_are_bounded(tools, make_server, mon
     await alice.open(3, max_len=1)
 
 
+async def test_a_parked_session_gives_its_place_to_another_peer(
+    tools, make_server, monkeypatch, autojump_clock
+) -> None:
+    monkeypatch.setattr(limits, "MAX_SESSIONS_PER_PEER", 2)
+    monkeypatch.setattr(limits, "MAX_SESSIONS", 3)
+    server = await make_server()
+    alice, bob = tools.Client(server), tools.Client(server, tools.BOB)
+    for client, number in ((alice, 1), (bob, 1), (alice, 2)):
+        await client.open(number, max_len=1)
+        await client.step(tools.hidden(1), 0, 0, number)
+        await trio.sleep(1)
+    await trio.sleep(limits.PARK_SECONDS)
+    await refused(ErrorCode.RESOURCES, alice.open(3, max_len=1))  # of one's own there are two, whoever else is parked
+    await refused(ErrorCode.RESOURCES, bob.open(2, max_len=65))  # nobody goes for what has no room anyway
+    assert len(server.table) == 3
+    await bob.open(2, max_len=1)
+    await refused(ErrorCode.NO_SESSION, alice.status(1))  # the least recently used one
+    assert (await alice.status(2), await bob.status(1)) == ((1, 1, 1), (1, 1, 1))
+
+
 # --- extend -----------------------------------------------------------------------------------------------------------
 
 
@@ -322,6 +342,9 @@ class Fake:
         self.owner, self.tokens, self.used_at, self.in_progress = owner, tokens, used_at, in_progress
         self.rows = range(at, at + tokens)
 
+    def parked(self, now: float) -> bool:
+        return not self.in_progress and now - self.used_at >= 10
+
 
 def plain_plan(sessions, taken, owner, wanted, share, now):
     """One at a time: parked ones by age, then the eldest of whoever is beyond its share, until there is a run."""
@@ -334,7 +357,7 @@ def plain_plan(sessions, taken, owner, wanted, share, now):
     def fits() -> bool:
         return any(not taken & set(range(at, at + wanted)) for at in range(64 - wanted + 1))
 
-    parked = sorted((s for s in sessions if not s.in_progress and now - s.used_at >= 10), key=lambda s: s.used_at)
+    parked = sorted((s for s in sessions if s.parked(now)), key=lambda s: s.used_at)
     active = sorted((s for s in sessions if not s.in_progress and s not in parked), key=lambda s: s.used_at)
     for stage, queue in ((1, parked), (2, active if may_press else [])):
         for session in queue:
