@@ -160,7 +160,9 @@ def test_every_check_runs_and_the_first_failure_is_the_exit_code(tmp_path: Path,
     assert bootstrap.test(tmp_path, ["-k", "two words"]) == 3
     lines = log.read_text().splitlines()
     assert [line.split()[2] for line in lines] == ["ruff", "ruff", "mypy", "pytest"]
-    assert lines[-1].endswith("-m pytest -k two words") and lines[-1].startswith(os.environ["OMP_NUM_THREADS"])
+    assert lines[-1].endswith("-m pytest -n 2 --dist worksteal -k two words") and lines[-1].startswith(
+        os.environ["OMP_NUM_THREADS"]
+    )
 
 
 def test_demo_becomes_the_command_and_keeps_stdout_for_it(tmp_path: Path) -> None:
