@@ -24,7 +24,7 @@ from tools.simulate_sessions.matrix import PROMPT, REQUIRED, SPANS, SPARES, all_
 from tools.simulate_sessions.runs import make_parts, run_seed
 from tools.simulate_sessions.world import Place, World, load_parts, open_world, tell
 
-TOKENS = 20
+TOKENS = 12
 # Virtual seconds that no scene may need.
 PATIENCE = 7200.0
 

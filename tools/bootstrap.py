@@ -29,7 +29,7 @@ CHECKS = (
     ("ruff", "check", "."),
     ("ruff", "format", "--check", "."),
     ("mypy", "--strict"),
-    ("pytest",),
+    ("pytest", "-n", "2", "--dist", "worksteal"),
 )
 
 
@@ -186,7 +186,7 @@ def test(venv: Path, arguments: Sequence[str]) -> int:
     env.setdefault("OMP_NUM_THREADS", "1")
     failed: list[tuple[str, int]] = []
     for check in CHECKS:
-        words = [*check, *(arguments if check == ("pytest",) else ())]
+        words = [*check, *(arguments if check[0] == "pytest" else ())]
         say(shlex.join(words))
         command = [str(venv_python(venv)), "-m", *words]
         code = subprocess.run(command, cwd=ROOT, env=env).returncode

@@ -25,7 +25,8 @@ def withdrawn(line: dict[str, object]) -> bool:
 
 
 def hints(lines: list[dict[str, object]]) -> list[object]:
-    return [line["peer"] for line in lines if line["event"] == "hint" and line["addresses"]]
+    """Whom the hints are about; the same one comes again when an address was heard later than the others."""
+    return list(dict.fromkeys(line["peer"] for line in lines if line["event"] == "hint" and line["addresses"]))
 
 
 @pytest.mark.parametrize("versions", ["both", "ipv4", "ipv6"])

@@ -29,7 +29,7 @@ def test_no_file_is_no_contacts(tmp_path: Path) -> None:
     assert load_contacts(tmp_path / "none.json") == []
 
 
-NAMED_HOST = f'[["{Identity.generate().peer_id.text}", ["host:1"]]]'
+NAMED_HOST = f'[["{Identity(bytes(32)).peer_id.text}", ["host:1"]]]'
 
 
 @pytest.mark.parametrize("text", ["", "{", "{}", "[1]", '[["a", ["b"]]]', "[[]]", NAMED_HOST])

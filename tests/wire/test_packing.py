@@ -199,7 +199,7 @@ def test_encoder_takes_tuples_buffers_and_enums() -> None:
         2**64,
         -(2**63) - 1,
         {"a": {1, 2}},
-        object(),
+        pytest.param(object(), id="object"),
         "\ud800",
         {"\ud800": 1},
         msgpack.Timestamp(0),
