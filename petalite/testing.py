@@ -105,10 +105,13 @@ class MemoryTransport:
                 return count
             await self._out.changed()
 
-    async def ready(self) -> None:
+    async def ready(self) -> bool:
         await trio.lowlevel.checkpoint()
+        waited = False
         while len(self._out.data) > self._out.capacity // 2 and not (self._closed or self._out.broken):
+            waited = True
             await self._out.changed()
+        return waited
 
     async def send_eof(self) -> None:
         await trio.lowlevel.checkpoint()

@@ -297,13 +297,11 @@ class PeerConnection:
 
     def _sent(self, count: int) -> None:
         if count:
-            now = trio.current_time()
             self._rest = _NOTHING if count == len(self._rest) else self._rest[count:]
             self.bytes_sent += count
-            self._core.sent(now)
             self._taken += count
             if self._taken >= limits.BODY_PROGRESS:  # PT-STR-029: a peer that takes a byte now and then takes nothing
-                self._taken, self._progress_at = 0, now
+                self._taken, self._progress_at = 0, trio.current_time()
             if not self._drained.is_set():
                 self._drained.set()
 
@@ -314,9 +312,12 @@ class PeerConnection:
             self._encrypt_batch()
         self._busy_bytes += len(self._rest)
         self._sent(self._transport.send_now(self._rest))
+        waited = bool(self._rest)
         while self._rest:
             self._sent(await self._patiently(self._transport.send_some, self._rest) or 0)
-        await self._patiently(self._transport.ready)
+        waited |= await self._patiently(self._transport.ready)
+        if waited:  # what our own kernel takes at once says nothing about the peer
+            self._core.moved(trio.current_time())
         self._busy_seconds += trio.current_time() - started
         if self._busy_seconds >= _LEARN_SECONDS:
             # The best of late: on a busy machine we wait for a processor as often as for the path.

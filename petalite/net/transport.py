@@ -28,8 +28,10 @@ class Transport(Protocol):
     async def send_some(self, data: memoryview) -> int:
         """Wait until at least one byte of `data` is taken; how many were."""
 
-    async def ready(self) -> None:
-        """Wait until what was sent has nearly left this machine, so that what is urgent finds a short queue."""
+    async def ready(self) -> bool:
+        """Wait until what was sent has nearly left this machine, so that what is urgent finds a short queue; whether
+        that took any waiting.
+        """
 
     async def send_eof(self) -> None: ...
 
@@ -76,11 +78,12 @@ class SocketTransport:
             except OSError as error:
                 raise trio.BrokenResourceError(_reason(error)) from error
 
-    async def ready(self) -> None:
+    async def ready(self) -> bool:
         if self._poll is not None and self._poll.poll(0):
             await trio.lowlevel.checkpoint()
-        else:
-            await trio.lowlevel.wait_writable(self._socket)
+            return False
+        await trio.lowlevel.wait_writable(self._socket)
+        return True
 
     async def send_eof(self) -> None:
         await self._stream.send_eof()

@@ -163,8 +163,8 @@ class Connection:
 
     # Time
 
-    def sent(self, now: float) -> None:
-        """Bytes of ours have moved: a peer that still takes them is not dead."""
+    def moved(self, now: float) -> None:
+        """Bytes of ours that had to wait for room have gone: a peer that still takes them is not dead (PT-STR-051)."""
         self._liveness.moved(now)
 
     def next_timer(self, now: float) -> float:

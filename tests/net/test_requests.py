@@ -272,6 +272,17 @@ async def test_a_stopped_peer_is_dead_in_two_seconds(autojump_clock: MockClock) 
         transport_of(pair.ba).thaw()
 
 
+async def test_a_ping_that_our_own_kernel_took_is_no_sign_of_the_peers_life(autojump_clock: MockClock) -> None:
+    async with endpoint_pair({"echo": echo}) as pair:
+        await pair.ab.request("echo", {}, (b"x",), max_reply=1)
+        transport_of(pair.ba).freeze()  # it was stopped between two requests
+        begin = trio.current_time()
+        with pytest.raises(PeerLost, match="no sign of life"):
+            await pair.ab.request("echo", {}, (b"x",), max_reply=1)
+        assert 2.0 <= trio.current_time() - begin <= 2.2
+        transport_of(pair.ba).thaw()
+
+
 async def test_a_reset_is_noticed_at_once_and_requests_know_what_they_lost(autojump_clock: MockClock) -> None:
     async with endpoint_pair({"forever": forever}) as pair:
         begin = trio.current_time()

@@ -668,7 +668,7 @@ def test_any_byte_heard_or_taken_is_life() -> None:
         if number % 2:
             side.feed(Progress(1, {}), now=float(number))
         else:
-            side.core.sent(float(number))
+            side.core.moved(float(number))
         found = ticks(side, float(number), number + 1.0)
         assert not [one for _, one in found if isinstance(one, events.PeerSilent)]
 

@@ -18,6 +18,7 @@ import trio
 from petalite.bloom.cache import CachePool
 from petalite.bloom.config import BloomConfig
 from petalite.bloom.loading import load_span
+from petalite.bloom.packed import pack
 from petalite.cli.processes import running_servers
 from petalite.client.api import RemoteModel, join
 from petalite.client.model import Model
@@ -95,12 +96,13 @@ async def _remote(session: InferenceSession, model: Model, hidden: torch.Tensor,
 
 
 def _local_step(length: int) -> Callable[[torch.Tensor], None]:
-    """The blocks of both servers in this process, each half with a cache of its own as there."""
+    """The blocks of both servers in this process, each half packed and with a cache of its own as there."""
     directory = find_model(FAIRYTALE)
     config = BloomConfig.load(directory)
     halves = []
     for start, end in SPANS:
         span = load_span(directory, start, end)
+        pack(span)
         pool = CachePool(config, end - start, length, dtype=torch.float32)
         halves.append((span, pool.reserve(1, length)))
 
