@@ -107,6 +107,10 @@ class PeerLost(PetaliteError):
     """The connection to a peer ended or went silent; whatever was asked of it may or may not have been done."""
 
 
+class PeerSilent(PeerLost):
+    """The peer gave no sign of life for too long; dialling it again would cost the same time once more."""
+
+
 class PeerUnreachable(PeerLost):
     """No connection could be made; nothing was asked."""
 

@@ -37,10 +37,15 @@ class ServerProcess:
 
 @asynccontextmanager
 async def running_servers(
-    model: str, spans: Sequence[tuple[int, int]], *, meanwhile: Callable[[], Awaitable[None]] | None = None
+    model: str,
+    spans: Sequence[tuple[int, int]],
+    *,
+    first: Address | None = None,
+    meanwhile: Callable[[], Awaitable[None]] | None = None,
 ) -> AsyncIterator[list[ServerProcess]]:
     """One server process a span of `model`, on loopback, in the order of the spans' blocks; `meanwhile` runs while
-    they start. All are killed at the end, also where SIGTERM or SIGHUP ends this process.
+    they start. They join the swarm of `first`, or make one of their own. All are killed at the end, also where SIGTERM
+    or SIGHUP ends this process.
 
     Raises PetaliteError with a server's last words if one does not start.
     """
@@ -49,9 +54,9 @@ async def running_servers(
         async with open_flat_nursery() as nursery:
             await nursery.start(_end_at_signals)
             try:
-                async with _meeting_point() as first:
+                async with _meeting_point(first) as meeting:
                     with progress("starting servers", len(spans), "servers") as advance:
-                        launch = _Launch(model, Path(state), first, len(spans), processes)
+                        launch = _Launch(model, Path(state), meeting, len(spans), processes)
                         servers = await _start(launch, spans, advance, meanwhile)
                     yield sorted(servers, key=lambda server: server.blocks)
             finally:
@@ -64,8 +69,11 @@ async def running_servers(
 
 
 @asynccontextmanager
-async def _meeting_point() -> AsyncIterator[Address]:
-    """A node without a model, in this process, through which the servers find each other."""
+async def _meeting_point(known: Address | None) -> AsyncIterator[Address]:
+    """Through whom the servers find each other: `known`, or a node without a model in this process."""
+    if known is not None:
+        yield known
+        return
     async with open_node(Identity.generate()) as node:
         (address,) = await node.endpoint.listen("127.0.0.1", 0)
         await node.start(lan=False, addresses=[address])

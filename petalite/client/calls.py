@@ -14,7 +14,7 @@ from petalite import bridge, limits
 from petalite.client.given import Given
 from petalite.client.hop import Hop
 from petalite.client.pipeline import Send
-from petalite.errors import PeerLost, PeerUnreachable, RequestError
+from petalite.errors import PeerLost, PeerSilent, PeerUnreachable, RequestError
 from petalite.identity import PeerId
 from petalite.net.connection import OnProgress, PeerConnection, Reply
 from petalite.swarm.node import Node
@@ -23,10 +23,6 @@ from petalite.wire.tensors import Descriptor, encoded_size
 from petalite.wire.writer import Priority
 
 log = logging.getLogger("petalite.client")
-
-# Below this a lost connection may have been closed for idleness or broken on its way; a peer silent for longer is
-# dead, and dialling it again would only cost the same time once more.
-_REDIAL_BEFORE_SECONDS = limits.DEAD_AFTER_SECONDS - 2 * limits.TICK_SECONDS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,12 +159,11 @@ async def ask(
     `options` and errors are those of `PeerConnection.request`, and PeerUnreachable.
     """
     connection = _connection(node, peer) or await _connect(node, peer)
-    started = trio.current_time()
     try:
         return await connection.request(method, head, body, **options)
-    except PeerLost as error:
-        if trio.current_time() - started > _REDIAL_BEFORE_SECONDS:
-            raise
+    except PeerSilent:
+        raise
+    except PeerLost as error:  # closed for idleness, it may be, or broken on its way
         log.debug("peer %s..: %s; trying a new connection", peer.short, error)
     connection = await _connect(node, peer)
     return await connection.request(method, head, body, **options)

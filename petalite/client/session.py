@@ -420,7 +420,7 @@ class InferenceSession:
             self._trust.pushed(all(part.done for part in parts), trio.current_time())
 
     async def _push_part(self, parts: Sequence[Part], i: int) -> None:
-        part, hop = parts[i], parts[i].send.hop
+        part, hop, started = parts[i], parts[i].send.hop, trio.current_time()
         with part.scope:
             if i == 0:
                 following = [later.send for later in parts[1:]]
@@ -433,7 +433,8 @@ class InferenceSession:
             for later in parts[i + 1 :]:
                 later.scope.cancel()
         elif i + 1 < len(parts):
-            usual = self._step_seconds.get(parts[i + 1].send.hop.peer, PUSH_SECONDS)
+            # One that was never timed should not take much longer than those before it.
+            usual = self._step_seconds.get(parts[i + 1].send.hop.peer, trio.current_time() - started)
             parts[i + 1].scope.deadline = trio.current_time() + PUSH_SECONDS + 3 * usual
 
     async def _await_pushed(self, before: Part, part: Part) -> None:

@@ -91,6 +91,7 @@ class PeerConnection:
         self._busy_seconds = 0.0
         self._rate = 0.0
         self._writer_waits = False
+        self._silent = False
         self._wake = trio.Event()
         self._drained = trio.Event()
         self._pong = trio.Event()
@@ -215,7 +216,7 @@ class PeerConnection:
         self._note_end("closed here")
         self._writer_waits = False
         self.closed.set()
-        self._core.lost(f"connection to peer {self.peer.short}.. ended: {self.close_reason}")
+        self._core.lost(f"connection to peer {self.peer.short}.. ended: {self.close_reason}", silent=self._silent)
         self._dispatch()
         for event in (self._hello_received, self._drained, self._pong):
             event.set()
@@ -387,6 +388,7 @@ class PeerConnection:
         self._wake.set()
 
     def _on_silent(self, event: events.PeerSilent) -> None:
+        self._silent = True
         self._note_end(f"no sign of life for {event.seconds:.1f} s")
         self._pumps.cancel()
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from petalite import limits
-from petalite.errors import GoAwayCode, PeerUnreachable, RemoteProtocolError, RequestError
+from petalite.errors import GoAwayCode, PeerLost, PeerSilent, PeerUnreachable, RemoteProtocolError, RequestError
 from petalite.wire import events, frames
 from petalite.wire.hello import INLINE, Hello
 from petalite.wire.liveness import Liveness, Verdict
@@ -147,12 +147,14 @@ class Connection:
         self._write_goaway(error.code, str(error))
         self.lost(f"the peer broke the protocol: {error}")
 
-    def lost(self, reason: str) -> None:
-        """Every open request ends as an event and every reservation is given back."""
+    def lost(self, reason: str, *, silent: bool = False) -> None:
+        """Every open request ends as an event and every reservation is given back. `silent`: since nothing was heard
+        of the peer.
+        """
         self._ours = self._theirs = DirectionState.LEAVING
         self.leaving = True
         self._replier.accepting = False
-        self._requester.fail_all(reason)
+        self._requester.fail_all(PeerSilent(reason) if silent else PeerLost(reason))
         self._replier.abort_all()
 
     def ping(self, now: float) -> None:

@@ -34,8 +34,16 @@ class Liveness:
         self._life_at = now
 
     def asked(self, now: float) -> None:
-        """The first request of ours is pending from now on."""
-        self._life_at = self._looked_at = now
+        """The first request of ours is pending from now on. Silence goes on counting where the one before was given up
+        just now: asking again gives no new life.
+        """
+        pause = now - max(self._looked_at, self._life_at)
+        if pause > limits.PING_AFTER_SECONDS:
+            self._life_at = now
+            self._ping_is_out = False
+        else:
+            self._life_at += pause
+        self._looked_at = now
 
     def pinged(self) -> None:
         self._ping_is_out = True

@@ -115,10 +115,10 @@ class Requester:
         for request in [request for request in self._open.values() if request.stream > last_stream]:
             self._fail(request, error)
 
-    def fail_all(self, reason: str) -> None:
-        self.fail_unsent(PeerUnreachable(reason))
+    def fail_all(self, error: PeerLost) -> None:
+        self.fail_unsent(PeerUnreachable(str(error)))
         for request in list(self._open.values()):
-            self._fail(request, PeerLost(reason))
+            self._fail(request, type(error)(*error.args))  # one for each that raises it
 
     def handle_timer(self, now: float) -> None:
         for request in [request for request in self._open.values() if request.body and request.body.stalled(now)]:

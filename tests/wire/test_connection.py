@@ -684,6 +684,21 @@ def test_a_sleep_of_our_own_is_not_the_peers_silence() -> None:
     assert life.look(62.01) is Verdict.DEAD
 
 
+def test_asking_again_does_not_excuse_silence() -> None:
+    life = Liveness(0.0)
+    life.asked(0.0)
+    assert [life.look(step / 10) for step in range(1, 12)][-1] is Verdict.PING
+    life.pinged()
+    life.asked(1.1)  # the first request was given up, this one takes its place
+    assert [life.look(1.1 + step / 10) for step in range(1, 9)] == [Verdict.ALIVE] * 8
+    assert life.look(2.0) is Verdict.DEAD
+    later = Liveness(0.0)
+    later.asked(0.0)
+    assert [later.look(step / 10) for step in range(1, 19)].count(Verdict.DEAD) == 0
+    later.asked(60.0)  # nobody wanted anything meanwhile
+    assert later.look(60.4) is Verdict.ALIVE and later.look(60.6) is Verdict.PING
+
+
 def test_without_a_request_of_ours_nobody_is_pinged() -> None:
     side, _ = server_in(StreamState.WAITING)
     found = ticks(side, 0.0, 9.0)
