@@ -13,7 +13,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from petalite.client.sampling import Sampler, Sampling, _nucleus, _penalize
+from petalite.client.sampling import Sampler, Sampling, _nucleus, penalize
 
 VOCABULARY = 50
 
@@ -34,7 +34,7 @@ def test_repetition_penalty_is_that_of_transformers(seed: int, penalty: float) -
     scores = logits_of(seed)
     seen = torch.randint(VOCABULARY, (3, 7), generator=torch.Generator().manual_seed(seed))
     expected = RepetitionPenaltyLogitsProcessor(penalty)(seen, scores)
-    assert torch.equal(_penalize(scores, seen.tolist(), penalty), expected)
+    assert torch.equal(penalize(scores, seen.tolist(), penalty), expected)
 
 
 @pytest.mark.parametrize("seed", range(20))
