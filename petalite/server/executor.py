@@ -7,6 +7,7 @@ Save for what takes less time than a thread costs: handing a step over and back 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Awaitable, Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
@@ -79,6 +80,7 @@ class Executor:
         self._scheduler = Scheduler()
         self._wake = trio.Event()
         self._stopping = False
+        self._worked = 0.0  # seconds that the last batch was in the worker, without the way there
 
     @property
     def queued(self) -> int:
@@ -115,20 +117,22 @@ class Executor:
             batch = self._scheduler.next_batch(trio.current_time())
             if batch is None:
                 self._wake = trio.Event()
-                with trio.move_on_at(self._scheduler.wake_at(trio.current_time())):
+                with trio.move_on_at(self._scheduler.wake_at()):
                     await self._wake.wait()
                 continue
             for job in batch.jobs:
                 job.started()
             begun = trio.current_time()
             await self._run_batch(batch)
-            self._scheduler.finished(batch, trio.current_time() - begun)
+            self._scheduler.finished(batch, self._worked if batch.training else trio.current_time() - begun)
             for job in batch.jobs:
                 if job.over:
                     job.settled()
 
-    def _interrupted(self, batch: Batch) -> bool:
-        return self._scheduler.wanted if batch.training else self._scheduler.urgent
+    def _interrupted(self, batch: Batch, begun: float) -> bool:
+        if batch.training:
+            return self._scheduler.wanted and time.perf_counter() - begun >= batch.seconds
+        return self._scheduler.urgent
 
     async def _run_batch(self, batch: Batch) -> None:
         if self._here is None or batch.long or batch.training or not 0 < self._scheduler.short_seconds <= BRIEF_SECONDS:
@@ -147,9 +151,11 @@ class Executor:
         def work() -> None:
             nonlocal in_worker
             in_worker = True
+            begun = time.perf_counter()
             try:
-                compute(batch, lambda: self._stopping or self._interrupted(batch))
+                compute(batch, lambda: self._stopping or self._interrupted(batch, begun))
             finally:
+                self._worked = time.perf_counter() - begun
                 in_worker = False
 
         try:
@@ -263,6 +269,7 @@ def _run_training(job: Job, urgent: Callable[[], bool]) -> None:
             except StopIteration as ended:
                 job.result, job.done = ended.value, job.tokens
                 return
+            job.at_block += 1
             if urgent():
                 return
 

@@ -23,10 +23,12 @@ BLOCK_SECONDS = 0.0005
 LONE_BLOCK_SECONDS = 0.02
 RECENT_SECONDS = 1.0
 # While others use the model, training has it for one part of the time in this and one more: for a second of its own it
-# pauses so many. Steps that wait when it is due go first if they came just before; what it then lacks it makes up for.
+# pauses so many, so that few steps meet a block of it. What it lacks at last, it makes up for.
 TRAINING_PAUSE = 3.8
 # The most that it makes up for, counted in time of all.
 TRAINING_CREDIT_SECONDS = 0.1
+# It does not pause, but fills every gap, where a block of it takes no more than this part of a short step's time.
+TRAINING_BRIEF = 0.2
 # A clock that stands still (tests) must not make a token cost nothing.
 LEAST_SECONDS = 1e-9
 
@@ -78,12 +80,13 @@ class Job:
 @dataclass(frozen=True, slots=True)
 class Batch:
     """Jobs to run together. `tokens` of each, from its `done` on: all of them, or a piece of the one long job, which
-    has `first_block` blocks behind it already.
+    has `first_block` blocks behind it already. A training job may go on for `seconds` though others wait.
     """
 
     jobs: tuple[Job, ...]
     tokens: tuple[int, ...]
     first_block: int = 0
+    seconds: float = 0.0
 
     @property
     def long(self) -> bool:
@@ -104,8 +107,7 @@ class Scheduler:
         self._training: OrderedDict[Hashable, deque[Job]] = OrderedDict()
         self._passing: Job | None = None  # a training job that is amid its pass
         self._training_at = float("-inf")  # when training may have the model again
-        self._slice_seconds = 0.0
-        self._taken_at = float("-inf")
+        self._block_seconds = 0.0  # of training, of late
         self._busy_at = float("-inf")  # when others last had it
         self._begun: Job | None = None  # a long job amid its piece: goes on before any other long one
         self._owed = 0.0  # seconds that short steps are to have before a long one may hold them up again
@@ -170,9 +172,8 @@ class Scheduler:
         """Take what runs now; None when nothing waits. When short and long wait, the long ones get a third of the time:
         a block of theirs delays the short steps, twice as long nothing does.
         """
-        self._taken_at = now
-        if self._trains and now >= self._due_at(now):
-            return self._training_slice()
+        if self._trains and now >= self._due_at():
+            return self._training_slice(now)
         long_waits = self._begun is not None or bool(self._long)
         if self._short or long_waits:
             self._busy_at = now
@@ -183,21 +184,24 @@ class Scheduler:
             self._owed = 0.0
         return self._long_piece(now) if long_waits else None
 
-    def wake_at(self, now: float) -> float:
+    def wake_at(self) -> float:
         """When to call `next_batch` again though nothing has come: training waits for its share."""
-        return self._due_at(now) if self._trains else float("inf")
+        return self._due_at() if self._trains else float("inf")
 
     @property
     def _trains(self) -> bool:
         return bool(self._training or self._passing)
 
-    def _due_at(self, now: float) -> float:
-        """When training may have the model: at once where nobody else has used it for a while."""
+    def _due_at(self) -> float:
+        """When training may have the model: at once where others have not used it for a while, or hardly notice."""
         if self.wanted:
-            return self._training_at + (self._slice_seconds if self._short else 0.0)
+            # What waits goes first, if it came just now.
+            return self._training_at + (self._block_seconds if self._short else 0.0)
+        if self._block_seconds <= TRAINING_BRIEF * self.short_seconds:
+            return float("-inf")
         return min(self._training_at, self._busy_at + RECENT_SECONDS)
 
-    def _training_slice(self) -> Batch:
+    def _training_slice(self, now: float) -> Batch:
         """Peers take turns, pass by pass: only one pass at a time takes working memory."""
         job, self._passing = self._passing, None
         if job is None:
@@ -206,7 +210,9 @@ class Scheduler:
             del self._training[owner]
             if queue:
                 self._training[owner] = queue
-        return Batch((job,), (job.tokens,))
+        self._training_at = max(self._training_at, now - TRAINING_CREDIT_SECONDS)
+        credit = max(0.0, now - self._training_at) / TRAINING_PAUSE
+        return Batch((job,), (job.tokens,), job.at_block, credit)
 
     def _short_batch(self) -> Batch:
         """Round robin over the peers, one job each, until the batch is full: a peer with many sessions is one peer.
@@ -256,14 +262,15 @@ class Scheduler:
         return max(max(SMALLEST_PIECE, int(seconds / self._block_token_seconds)) // job.batch, 1)
 
     def finished(self, batch: Batch, seconds: float) -> None:
-        """`batch` took `seconds`. A long job that is not through goes back: amid a piece it stays the next of the long
-        ones, at the end of one it is the first of its peer, and the peer the last.
+        """`batch` took `seconds`; a training one, without the way to the worker. A long job that is not through goes
+        back: amid a piece it stays the next of the long ones, at the end of one it is the first of its peer, and the
+        peer the last.
         """
         if batch.training:
-            self._slice_seconds = max(LEAST_SECONDS, seconds)
-            since = max(self._training_at, self._taken_at - TRAINING_CREDIT_SECONDS)
-            self._training_at = since + (1 + TRAINING_PAUSE) * self._slice_seconds
-            job = batch.jobs[0]
+            job, seconds = batch.jobs[0], max(LEAST_SECONDS, seconds)
+            self._training_at += (1 + TRAINING_PAUSE) * seconds
+            blocks = max(1, job.at_block - batch.first_block)
+            self._block_seconds += 0.2 * (seconds / blocks - self._block_seconds)
             self._passing = None if job.over else job
             return
         if not batch.long:
