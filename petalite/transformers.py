@@ -6,8 +6,9 @@
         model = RemoteBloomForCausalLM(swarm.load("fairytale"))  # instead of BloomForCausalLM.from_pretrained(...)
 
 `generate`, `Trainer`, and PEFT's prompt tuning and P-tuning go on as with a local model. Attention weights and weights
-of blocks are not here, so `output_attentions` and PEFT's methods that change layers are not for these models; for LoRA
-there is `petalite.LoraAdapter`, in PEFT's file format.
+of blocks are not here, so `output_attentions` and PEFT's methods that change layers are not for these models. For LoRA
+give them a `petalite.LoraAdapter`, trained like any parameter and saved in PEFT's format, or the name of an adapter
+that servers hold.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from petalite.client.api import BlockingModel, BlockingSession
+from petalite.client.tuning import LoraAdapter, adapter_options
 
 try:
     from transformers import (
@@ -50,9 +52,10 @@ class RemoteCache(Cache):  # type: ignore[misc]  # transformers has no types
     what lies between its blocks.
     """
 
-    def __init__(self, remote: BlockingModel) -> None:
+    def __init__(self, remote: BlockingModel, adapter: LoraAdapter | str | None = None) -> None:
         super().__init__(layers=[])
         self._remote = remote
+        self._adapter = adapter
         self._session: BlockingSession | None = None
         self._inputs: Tensor | None = None  # where hidden states are asked for: all so far, and no session
         self._first: Tensor | None = None  # mask (B, T) of the first step, None where all tokens were real
@@ -77,13 +80,13 @@ class RemoteCache(Cache):  # type: ignore[misc]  # transformers has no types
             self._check_behind(mask, T)
             return self._session.step(hidden.cpu()).to(hidden)
         self._first = _padded(mask, T)
+        pad = None if self._first is None else (T - self._first.sum(dim=1)).tolist()
+        adapter = adapter_options(self._adapter)
+        self._session = self._remote.session(batch=B, max_len=T + ROOM, pad=pad, **adapter)
         if self._first is None:
-            self._session = self._remote.session(batch=B, max_len=T + ROOM)
             return self._session.step(hidden.cpu()).to(hidden)
         # Servers know padding on the left: a row's masked tokens go there, in whatever order, as nobody looks at them.
         order = self._first.to(torch.int8).argsort(dim=1, stable=True)[:, :, None].expand_as(hidden).to(hidden.device)
-        pad = (T - self._first.sum(dim=1)).tolist()
-        self._session = self._remote.session(batch=B, max_len=T + ROOM, pad=pad)
         output = self._session.step(hidden.gather(1, order).cpu()).to(hidden)
         return torch.empty_like(output).scatter_(1, order, output)
 
@@ -101,7 +104,8 @@ class RemoteCache(Cache):  # type: ignore[misc]  # transformers has no types
         if self._first is not None:
             new = self._inputs.shape[1] - self._first.shape[1]
             whole = nn.functional.pad(self._first, (0, new), value=True)
-        states = self._remote.blocks(self._inputs, mask=whole, output_hidden_states=True)
+        adapter = adapter_options(self._adapter)
+        states = self._remote.blocks(self._inputs, mask=whole, output_hidden_states=True, **adapter)
         return tuple(state[:, -T:] for state in states)
 
     def _check_behind(self, mask: Tensor | None, tokens: int) -> None:
@@ -162,10 +166,11 @@ class RemoteBloomModel(BloomModel):  # type: ignore[misc]
     pass that gradients flow back through; only `use_cache=True` or a `RemoteCache` makes servers keep anything.
     """
 
-    def __init__(self, remote: BlockingModel, **config: Any) -> None:
+    def __init__(self, remote: BlockingModel, adapter: LoraAdapter | str | None = None, **config: Any) -> None:
         with torch.device("meta"):  # its own weights are never made
             super().__init__(_config(remote, config))
         self.remote = remote
+        self.adapter = adapter
         self.word_embeddings = remote.embeddings.word_embeddings
         self.word_embeddings_layernorm = remote.embeddings.word_embeddings_layernorm
         self.h = remote.blocks
@@ -193,7 +198,7 @@ class RemoteBloomModel(BloomModel):  # type: ignore[misc]
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if past_key_values is None and use_cache:
-            past_key_values = RemoteCache(self.remote)
+            past_key_values = self.new_cache()
         cache = None if use_cache is False else past_key_values
         last, states = self._through(
             self.word_embeddings_layernorm(inputs_embeds), attention_mask, cache, bool(output_hidden_states)
@@ -206,13 +211,17 @@ class RemoteBloomModel(BloomModel):  # type: ignore[misc]
         )
         return output if return_dict is not False else output.to_tuple()
 
+    def new_cache(self) -> RemoteCache:
+        """An empty one, for this model with its adapter as it is then."""
+        return RemoteCache(self.remote, self.adapter)
+
     def _through(
         self, hidden: Tensor, mask: Tensor | None, cache: Cache | None, keep: bool
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         """hidden (B, T, C) through all blocks: what comes out, and where they are kept the states between."""
         if cache is None:
             mask = _padded(mask, hidden.shape[1])
-            output = self.h(hidden, mask=mask, output_hidden_states=keep)
+            output = self.h(hidden, mask=mask, output_hidden_states=keep, **adapter_options(self.adapter))
             return (output[-1], output) if keep else (output, None)
         if not isinstance(cache, RemoteCache):
             raise ValueError(f"keys and values stay on the servers: use a RemoteCache, not a {type(cache).__name__}")
@@ -225,12 +234,14 @@ class RemoteBloomModel(BloomModel):  # type: ignore[misc]
 
 
 class RemoteBloomForCausalLM(BloomForCausalLM):  # type: ignore[misc]
-    """transformers' BloomForCausalLM over servers. `config` are further fields of transformers' BloomConfig."""
+    """transformers' BloomForCausalLM over servers, with an adapter if one is given. `config`: further fields of
+    transformers' BloomConfig.
+    """
 
-    def __init__(self, remote: BlockingModel, **config: Any) -> None:
+    def __init__(self, remote: BlockingModel, adapter: LoraAdapter | str | None = None, **config: Any) -> None:
         with torch.device("meta"):
             super().__init__(_config(remote, config))
-        self.transformer = RemoteBloomModel(remote, **config)
+        self.transformer = RemoteBloomModel(remote, adapter, **config)
         self.lm_head = remote.head.lm_head
         ids = {name: getattr(self.config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         self.generation_config = GenerationConfig(use_cache=True, **ids)
@@ -239,17 +250,17 @@ class RemoteBloomForCausalLM(BloomForCausalLM):  # type: ignore[misc]
         """As transformers' `generate`. The servers forget it afterwards, unless a `RemoteCache` of yours is given."""
         if options.get("past_key_values") is not None:
             return super().generate(*inputs, **options)
-        with RemoteCache(self.transformer.remote) as cache:
+        with self.transformer.new_cache() as cache:
             return super().generate(*inputs, past_key_values=cache, **options)
 
 
 class RemoteBloomForSequenceClassification(BloomForSequenceClassification):  # type: ignore[misc]
     """transformers' BloomForSequenceClassification over servers; `score`, the head, is here and trainable."""
 
-    def __init__(self, remote: BlockingModel, **config: Any) -> None:
+    def __init__(self, remote: BlockingModel, adapter: LoraAdapter | str | None = None, **config: Any) -> None:
         with torch.device("meta"):
             super().__init__(_config(remote, config))
-        self.transformer = RemoteBloomModel(remote, **config)
+        self.transformer = RemoteBloomModel(remote, adapter, **config)
         self.score = nn.Linear(self.config.hidden_size, self.num_labels, bias=False)
         nn.init.normal_(self.score.weight, std=self.config.initializer_range)
 

@@ -34,6 +34,7 @@ from petalite.client.remote import RemoteBlocks
 from petalite.client.sampling import Sampling
 from petalite.client.searching import search_rows
 from petalite.client.session import InferenceSession, Intervention
+from petalite.client.tuning import LoraAdapter, PromptTuning, hidden_states
 from petalite.errors import PetaliteError
 from petalite.identity import Address, Identity
 from petalite.swarm.node import Node, open_node
@@ -102,19 +103,24 @@ def generation_of(
     early_stopping: bool | Literal["never"] = False,
     num_return_sequences: int = 1,
     interventions: Mapping[int, Intervention] | None = None,
-    adapter: Mapping[str, Tensor] | str | None = None,
+    adapter: LoraAdapter | Mapping[str, Tensor] | str | None = None,
     scaling: float = 1.0,
+    soft_prompt: PromptTuning | None = None,
     deep_prompts: Tensor | None = None,
     prompt_embeddings: Tensor | None = None,
 ) -> Generation:
     """Options of a generation; temperature 0 is greedy, `num_beams` above 1 a beam search.
 
-    `interventions`: functions of the hidden states between blocks, see `InferenceSession`; `adapter`, `scaling`,
-    `deep_prompts` (layers, P, C): what is added to the blocks, see `Model.session`; `prompt_embeddings` (P, C): a soft
-    prompt before the tokens. `PromptTuning` and `LoraAdapter` hold such tensors.
+    `interventions`: functions of the hidden states between blocks, see `InferenceSession`. `adapter`: ours, or the name
+    of one that servers hold. `soft_prompt`: trained inputs before the words. Whoever has bare tensors instead gives the
+    adapter's with `scaling`, and `prompt_embeddings` (P, C) and `deep_prompts` (layers, P, C): see `Model.session`.
 
     Raises ValueError for a number out of its range.
     """
+    if isinstance(adapter, LoraAdapter):
+        scaling, adapter = adapter.scaling, adapter.tensors
+    if soft_prompt is not None:
+        prompt_embeddings, deep_prompts = soft_prompt.prompt_embeddings, soft_prompt.deep_prompts
     sampling = Sampling(
         temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty, seed=seed
     )
@@ -245,6 +251,14 @@ class BlockingModel:
     def config(self) -> BloomConfig:
         return self.remote.config
 
+    def encode(self, text: str) -> list[int]:
+        """Text to token ids."""
+        return self.remote.encode(text)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Token ids to text, special tokens left out."""
+        return self.remote.decode(tokens)
+
     @property
     def embeddings(self) -> Embeddings:
         """Token ids to the first block's input; its weights are frozen."""
@@ -259,6 +273,11 @@ class BlockingModel:
     def blocks(self) -> RemoteBlocks:
         """All blocks as a differentiable torch module."""
         return RemoteBlocks(self.remote.passes, self._portal, 0, self.remote.config.n_layer)
+
+    def logits(self, ids: Tensor, **tuning: Any) -> Tensor:
+        """Token ids (B, T) -> logits (B, T, vocabulary), differentiable; the options are those of `hidden_states`."""
+        logits: Tensor = self.head(hidden_states(self, ids, **tuning))
+        return logits
 
     def session(self, *, max_len: int, **options: Any) -> BlockingSession:
         """A KV cache in the swarm; see `Model.session`."""

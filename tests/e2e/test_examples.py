@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,23 @@ def test_an_example_tells_the_story(entry: str, address: str, fairytale_oracle: 
     tokens = fairytale_oracle.encode(PROMPT + done.stdout.rstrip("\n"))[len(prompt) :]
     fairytale_oracle.check(prompt, tokens[:60], 60, least_margin=0.02)
     assert len(tokens) > 60
+
+
+def test_what_follows_works_with_that_model(address: str, tmp_path: Path) -> None:
+    """The other examples one after the other, as they stand, behind the second."""
+    begun = f"""import petalite
+with petalite.connect(peers=[{address!r}]) as swarm:
+    model = swarm.load("fairytale")
+"""
+    others = [text for text in EXAMPLES if "petalite.join" not in text and "petalite.connect" not in text]
+    script = begun + textwrap.indent("".join(others), "    ")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180
+    )
+    assert (done.returncode, len(others)) == (0, 2), done.stderr[-2000:]
+    assert "The king and the queen wept." in done.stdout
+    assert (tmp_path / "my-prompt" / "adapter_model.safetensors").is_file()
 
 
 def commands_in_readme() -> list[str]:

@@ -4,8 +4,15 @@ All are ordinary torch modules that hold the trained parameters and nothing else
 """
 
 from petalite.client.tuning.classifier import SequenceClassifier
-from petalite.client.tuning.forward import Differentiable, hidden_states
+from petalite.client.tuning.forward import Differentiable, adapter_options, hidden_states
 from petalite.client.tuning.lora import LoraAdapter
 from petalite.client.tuning.prompts import PromptTuning
 
-__all__ = ["Differentiable", "LoraAdapter", "PromptTuning", "SequenceClassifier", "hidden_states"]
+__all__ = [
+    "Differentiable",
+    "LoraAdapter",
+    "PromptTuning",
+    "SequenceClassifier",
+    "adapter_options",
+    "hidden_states",
+]

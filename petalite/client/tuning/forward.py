@@ -49,8 +49,12 @@ def hidden_states(
         if mask is not None:
             mask = torch.cat([mask.new_ones(mask.shape[0], front), mask], dim=1)
     x = model.embeddings.word_embeddings_layernorm(x)
-    if isinstance(adapter, LoraAdapter):
-        output: Tensor = model.blocks(x, mask=mask, prompts=deep, adapter=adapter.tensors, scaling=adapter.scaling)
-    else:
-        output = model.blocks(x, mask=mask, prompts=deep, adapter=adapter)
+    output: Tensor = model.blocks(x, mask=mask, prompts=deep, **adapter_options(adapter))
     return output[:, front:]
+
+
+def adapter_options(adapter: LoraAdapter | str | None) -> dict[str, Any]:
+    """How blocks and sessions are told of an adapter."""
+    if isinstance(adapter, LoraAdapter):
+        return {"adapter": adapter.tensors, "scaling": adapter.scaling}
+    return {"adapter": adapter}

@@ -22,6 +22,7 @@ from transformers import (
     set_seed,
 )
 
+import petalite
 from petalite.transformers import RemoteBloomForCausalLM, RemoteBloomForSequenceClassification, RemoteCache
 from tests.client.tuning.local import relative_error, transformers_model
 
@@ -205,27 +206,51 @@ def test_peft_learns_the_same(make_config: Any, here: Any, tokenizer: PreTrained
     assert torch.equal(*told)
 
 
-def test_trainer_trains_the_same(here: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def trained(model: Any, tokenizer: Any, directory: Path) -> list[float]:
+    """Losses of three steps by the Trainer."""
     rows = [{"input_ids": row, "labels": row} for row in tokenizer(["Once there was a dragon"] * 6)["input_ids"]]
-    histories = []
-    for number, base in enumerate((make_local(), RemoteBloomForCausalLM(here.model))):
-        arguments = TrainingArguments(
-            output_dir=str(tmp_path / str(number)),
-            max_steps=3,
-            per_device_train_batch_size=2,
-            learning_rate=0.01,
-            logging_steps=1,
-            save_strategy="no",
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-        )
-        trainer = Trainer(model=with_peft(base, prompt_tuning()), args=arguments, train_dataset=rows)
-        trainer.train()
-        histories.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
-    assert len(histories[0]) == 3 and histories[0][2] < histories[0][0]
-    assert histories[1] == pytest.approx(histories[0], abs=1e-4)
+    arguments = TrainingArguments(
+        output_dir=str(directory),
+        max_steps=3,
+        per_device_train_batch_size=2,
+        learning_rate=0.01,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows)
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_trainer_trains_the_same(here: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    bases = make_local(), RemoteBloomForCausalLM(here.model)
+    curves = [trained(with_peft(base, prompt_tuning()), tokenizer, tmp_path) for base in bases]
+    assert len(curves[0]) == 3 and curves[0][2] < curves[0][0]
+    assert curves[1] == pytest.approx(curves[0], abs=1e-4)
+
+
+def test_trainer_trains_an_adapter_as_pefts_lora(here: Any, tokenizer: Any, tmp_path: Path) -> None:
+    """From the same beginning, with the same words afterwards, beams included."""
+    torch.manual_seed(5)
+    adapter = petalite.LoraAdapter(here.model.config, rank=2, alpha=4.0, targets=["query_key_value", "dense"])
+    adapter.save(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(make_local(), tmp_path, is_trainable=True)
+    ours = RemoteBloomForCausalLM(here.model, adapter)
+    curves = [trained(model, tokenizer, tmp_path) for model in (theirs, ours)]
+    assert curves[0][2] < curves[0][0]
+    assert curves[1] == pytest.approx(curves[0], abs=1e-4)
+    batch = tokenizer(PROMPTS, return_tensors="pt", padding=True)
+    for options in ({}, {"num_beams": 3}):
+        told = [m.eval().generate(**batch, **SHORT, use_cache=True, **options) for m in (theirs, ours)]
+        assert torch.equal(*told)
+    with torch.no_grad():
+        states = [m(**batch, output_hidden_states=True).hidden_states[-1] for m in (theirs, ours)]
+    real = batch["attention_mask"] == 1
+    assert relative_error(states[1][real], states[0][real]) <= 1e-5
 
 
 def test_a_classifier_learns_the_same(here: Any) -> None:

@@ -20,7 +20,6 @@ from petalite.bloom.config import BloomConfig
 from petalite.bloom.synthetic import write_checkpoint
 from petalite.client.api import BlockingModel
 from petalite.client.blocking import open_portal
-from petalite.client.tuning import hidden_states
 from petalite.net.call import Call, Handler, Reply
 from tests.client.tuning.local import deep_prompts, relative_error, transformers_model
 from tools.simulate_sessions.world import Place, World, load_tiny, open_world
@@ -59,7 +58,7 @@ def test_a_shallow_and_deep_prompts_gradients_are_those_of_one_machine(model: Bl
     inputs = prompt.prepend(local.transformer.word_embeddings(IDS))
     with deep_prompts(prompt.deep_prompts):
         logits = local(inputs_embeds=inputs, attention_mask=F.pad(MASK, (3, 0), value=1)).logits[:, 3:]
-    ours = model.head(hidden_states(model, IDS, mask=MASK, soft_prompt=prompt))
+    ours = model.logits(IDS, mask=MASK, soft_prompt=prompt)
     due = gradients(language_loss(logits), prompt.parameters())
     assert relative_error(gradients(language_loss(ours), prompt.parameters()), due) <= 1e-5
     assert relative_error(ours[MASK == 1], logits[MASK == 1]) <= 1e-5
@@ -74,7 +73,7 @@ def test_an_adapters_gradients_are_pefts(model: BlockingModel, tmp_path: Path) -
         language_loss(theirs(IDS, attention_mask=MASK).logits),
         [named[f"base_model.model.{name}"] for name in adapter.tensors],
     )
-    ours = model.head(hidden_states(model, IDS, mask=MASK, adapter=adapter))
+    ours = model.logits(IDS, mask=MASK, adapter=adapter)
     assert relative_error(gradients(language_loss(ours), adapter.parameters()), due) <= 1e-5
 
 
@@ -119,7 +118,7 @@ def loss_curve(directory: Path, killer: Killer) -> tuple[list[float], World]:
         optimizer = torch.optim.Adam(prompt.parameters(), lr=0.03)
         curve = []
         for _ in range(STEPS):
-            logits = model.head(hidden_states(model, ids, soft_prompt=prompt))
+            logits = model.logits(ids, soft_prompt=prompt)
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
@@ -138,3 +137,43 @@ def test_a_loss_curve_with_two_servers_killed_is_the_undisturbed_one(tmp_path: P
     assert len(world.places) == 4 and sum(place.up for place in world.places) == 2
     assert curve == pytest.approx(undisturbed, abs=1e-4)
     assert undisturbed[-1] < undisturbed[0] - 0.3
+
+
+# --- telling stories with what was trained ----------------------------------------------------------------------------
+
+PROMPTS = ["Once upon a time", "The little bear went into the dark wood and saw", "A king"]
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_texts_follow_a_soft_prompt(model: BlockingModel, num_beams: int) -> None:
+    """A batch of prompts of several lengths: the same tokens as transformers gives after the same inputs."""
+    prompt = randomized(petalite.PromptTuning(model.config, 3))
+    local = transformers_model()
+    told, due = [], []
+    for text in PROMPTS:
+        ids = torch.tensor([model.encode(text)])
+        inputs = prompt.prepend(local.transformer.word_embeddings(ids))
+        made = local.generate(
+            inputs_embeds=inputs, attention_mask=torch.ones(inputs.shape[:2], dtype=torch.long), max_new_tokens=10,
+            do_sample=False, num_beams=num_beams,
+        )  # fmt: skip
+        due.append(made[0].tolist())
+        told.append(model.generate_text(text, max_new_tokens=10, num_beams=num_beams, soft_prompt=prompt))
+    ids = [model.encode(text) for text in PROMPTS]
+    assert model.generate_ids(ids, max_new_tokens=10, num_beams=num_beams, soft_prompt=prompt) == due
+    assert told == [model.decode(tokens) for tokens in due]
+    assert told[0] != model.generate_text(PROMPTS[0], max_new_tokens=10, num_beams=num_beams)
+
+
+def test_texts_follow_a_deep_prompt_and_an_adapter(model: BlockingModel) -> None:
+    """Token by token what whole passes give, which are compared with one machine above."""
+    prompt = randomized(petalite.PromptTuning(model.config, 3, deep=True))
+    adapter = randomized(petalite.LoraAdapter(model.config, rank=2, alpha=3.0))
+    ids = torch.tensor([model.encode(PROMPTS[0])])
+    told = model.generate_ids(ids, max_new_tokens=6, soft_prompt=prompt, adapter=adapter)[0]
+    with torch.no_grad():
+        for _ in range(6):
+            best = model.logits(ids, soft_prompt=prompt, adapter=adapter)[:, -1].argmax(dim=-1, keepdim=True)
+            ids = torch.cat([ids, best], dim=1)
+    assert told == ids[0, -6:].tolist()
+    assert told != model.generate_ids(ids[:, :-6], max_new_tokens=6)[0]
