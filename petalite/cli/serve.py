@@ -11,7 +11,6 @@ from typing import Any
 import click
 
 from petalite.cli.options import ANNOUNCE, DEVICE, LISTEN, SIZE, HostPort, SwarmOptions, swarm_options
-from petalite.cli.running import import_beside, run_async
 from petalite.limits import MAX_ADAPTERS, MAX_WORD
 
 
@@ -81,10 +80,14 @@ def _adapters(ctx: click.Context, param: click.Parameter, values: tuple[str, ...
 def command(swarm: SwarmOptions, json_: bool, no_push: bool, **options: Any) -> None:
     if options["blocks"] and options["num_blocks"]:
         raise click.UsageError("--blocks and --num-blocks exclude each other")
+    from petalite.cli.running import run_async
+
     run_async(_serve, ServeOptions(json=json_, push=not no_push, **options), swarm)
 
 
 async def _serve(options: ServeOptions, swarm: SwarmOptions) -> None:
+    from petalite.cli.running import import_beside
+
     await import_beside("petalite.cli.serving")
     from petalite.cli import serving
 

@@ -85,6 +85,17 @@ def test_help_names_every_command_and_imports_none_of_them() -> None:
     assert all(any(line.split()[:1] == [name] for line in lines) for name in COMMANDS)
 
 
+def test_no_commands_own_help_imports_what_it_will_run_on() -> None:
+    """Each module that defines a command, all in one interpreter: an interpreter's start is what a test costs."""
+    code = (
+        "import sys\nfrom importlib import import_module\nfrom petalite.cli import COMMANDS\n"
+        "for entry in COMMANDS.values(): import_module(entry.module)\n"
+        "print(sorted({'torch', 'trio', 'rich', 'numpy', 'asyncio'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
 def test_table_points_at_commands_that_exist() -> None:
     for name, entry in COMMANDS.items():
         assert (ROOT / (entry.module.replace(".", "/") + ".py")).is_file(), f"{name}: no {entry.module}"
