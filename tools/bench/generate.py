@@ -31,6 +31,7 @@ from tools.bench._result import Result, machine
 
 PROMPT = 128
 ROWS = 4
+WARM_UP = (2, 1)  # tokens and rows of the first round, which does not count
 BAR = 0.9
 
 
@@ -45,7 +46,7 @@ def run(arguments: argparse.Namespace) -> Result | None:
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
     torch.set_num_threads(arguments.threads)
     if arguments.transformers:
-        _be_transformers(arguments.transformers, arguments.tokens)
+        _be_transformers(arguments.transformers)
         return None
     result = Result(
         "generate",
@@ -83,9 +84,10 @@ async def _measure(
         async with join(peers, lan=False) as swarm:
             model = await swarm.load(str(directory))
             rounds = []
-            for _ in range(arguments.rounds + 1):
-                ours = await _ours(model, arguments.tokens)
-                rounds.append((ours, await trio.to_thread.run_sync(_ask, theirs)))
+            for number in range(arguments.rounds + 1):
+                tokens, rows = (arguments.tokens, ROWS) if number else WARM_UP
+                ours = await _ours(model, tokens, rows)
+                rounds.append((ours, await trio.to_thread.run_sync(_ask, theirs, tokens, rows)))
     return rounds[1:]
 
 
@@ -93,7 +95,7 @@ def _prompt(rows: int) -> list[list[int]]:
     return [[4 + (7 * row + at) % 3000 for at in range(PROMPT)] for row in range(rows)]
 
 
-async def _ours(model: RemoteModel, tokens: int) -> Rates:
+async def _ours(model: RemoteModel, tokens: int, count: int) -> Rates:
     async with model.session(max_len=PROMPT + tokens + 1) as session:
         rows = _prompt(1)
         logits = await prefill(model, session, rows)
@@ -103,10 +105,10 @@ async def _ours(model: RemoteModel, tokens: int) -> Rates:
             for _ in range(tokens):
                 await anext(decoding)
             decode = tokens / (time.perf_counter() - started)
-    async with model.session(max_len=PROMPT, batch=ROWS) as session:
+    async with model.session(max_len=PROMPT, batch=count) as session:
         started = time.perf_counter()
-        await prefill(model, session, _prompt(ROWS))
-        return decode, ROWS * PROMPT / (time.perf_counter() - started)
+        await prefill(model, session, _prompt(count))
+        return decode, count * PROMPT / (time.perf_counter() - started)
 
 
 # transformers, in a process of its own: its libraries' threads are none of ours
@@ -115,7 +117,7 @@ async def _ours(model: RemoteModel, tokens: int) -> Rates:
 @contextmanager
 def _transformers(directory: Path, arguments: argparse.Namespace) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, str(Path(__file__).parent), "generate", "--transformers", str(directory)]
-    command += ["--tokens", str(arguments.tokens), "--threads", str(arguments.threads)]
+    command += ["--threads", str(arguments.threads)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
             yield process
@@ -123,25 +125,25 @@ def _transformers(directory: Path, arguments: argparse.Namespace) -> Iterator[su
             process.kill()
 
 
-def _ask(process: subprocess.Popen[str]) -> Rates:
+def _ask(process: subprocess.Popen[str], tokens: int, count: int) -> Rates:
     assert process.stdin is not None and process.stdout is not None
-    process.stdin.write("go\n")
+    process.stdin.write(f"{tokens} {count}\n")
     process.stdin.flush()
     decode, prefills = json.loads(process.stdout.readline())
     return decode, prefills
 
 
-def _be_transformers(directory: str, tokens: int) -> None:
+def _be_transformers(directory: str) -> None:
     """Measure once for each line on stdin."""
     from transformers import BloomForCausalLM
 
     model: Any = BloomForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    for _ in sys.stdin:
+    for line in sys.stdin:
         with torch.inference_mode():
-            print(json.dumps(_theirs(model, tokens)), flush=True)
+            print(json.dumps(_theirs(model, *map(int, line.split()))), flush=True)
 
 
-def _theirs(model: Any, tokens: int) -> Rates:
+def _theirs(model: Any, tokens: int, count: int) -> Rates:
     out = model(torch.tensor(_prompt(1)), use_cache=True, logits_to_keep=1)
     token = out.logits[:, -1:].argmax(dim=-1)
     started = time.perf_counter()
@@ -149,7 +151,7 @@ def _theirs(model: Any, tokens: int) -> Rates:
         out = model(token, past_key_values=out.past_key_values, use_cache=True)
         token = out.logits[:, -1:].argmax(dim=-1)
     decode = tokens / (time.perf_counter() - started)
-    ids = torch.tensor(_prompt(ROWS))
+    ids = torch.tensor(_prompt(count))
     started = time.perf_counter()
     model(ids, use_cache=True, logits_to_keep=1)
-    return decode, ROWS * PROMPT / (time.perf_counter() - started)
+    return decode, count * PROMPT / (time.perf_counter() - started)
