@@ -177,4 +177,6 @@ def _block_backward(
         return {}
     with torch.enable_grad():
         output = _run_block(block, leaves.get("h", x), window, {**given, **leaves})
-    return dict(zip(leaves, torch.autograd.grad(output, list(leaves.values()), grad), strict=True))
+        # a scalar: torch would import sympy, 50 MB and a second of everybody's time, to look at the shape of `grad`
+        product = (output * grad).sum()
+    return dict(zip(leaves, torch.autograd.grad(product, list(leaves.values())), strict=True))

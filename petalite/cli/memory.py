@@ -1,12 +1,33 @@
-"""How much memory is free now."""
+"""How much memory is free now, and giving back what we no longer use."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import trio
+
+TRIM_SECONDS = 4.0  # what a peer took is to be gone 5 s after it left
+
+
+async def return_freed_memory(traffic: Callable[[], object]) -> None:
+    """For ever, while there is `traffic`: give memory that was freed back to the system.
+
+    glibc keeps it in a heap for each thread, up to the most that each ever held, and holes in them count as used: what
+    hostile peers make us allocate for a moment would stay resident. Elsewhere this returns at once.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    seen: object = None
+    while trim is not None:
+        await trio.sleep(TRIM_SECONDS)
+        if (now := traffic()) != seen:
+            seen = now
+            await trio.to_thread.run_sync(trim, 0)
 
 
 def free_memory(device: torch.device) -> int:

@@ -21,7 +21,7 @@ from petalite.bloom.manifest import Manifest, load_or_make
 from petalite.cli.devices import usable_device
 from petalite.cli.identities import server_identity
 from petalite.cli.listening import listen_as_told
-from petalite.cli.memory import free_memory
+from petalite.cli.memory import free_memory, return_freed_memory
 from petalite.cli.options import SwarmOptions
 from petalite.cli.output import Advance, emit_json, notice, progress
 from petalite.cli.serve import ServeOptions
@@ -92,6 +92,7 @@ async def _run(service: Service, node: Node, options: ServeOptions, terms: Async
 
         nursery.start_soon(hear)
         await nursery.start(service.run)
+        nursery.start_soon(return_freed_memory, node.endpoint.traffic)
         bar.close()
         _say_ready(options, service)
         await stopping.wait()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,15 @@ async def test_half_precision_servers_stay_near_float32(dtype: Any, far: float, 
         await nursery.start(server.run)
         found.append((await backward(tools.Client(server), tools.MODEL, given, wanted=("h",)))["h"])
     assert distance(found[1], found[0]) < far
+
+
+async def test_a_first_backward_imports_nothing_large(tools: Any, nursery: Any, monkeypatch: Any) -> None:
+    """torch's symbolic shapes bring sympy: 50 MB that stay, and a second in which nobody is answered."""
+    monkeypatch.setitem(sys.modules, "torch.fx.experimental.symbolic_shapes", None)  # an import of it fails
+    server = BlockServer(tools.make_span(), tools.MANIFEST, "r", cache_tokens=8, runner=run_inline)
+    await nursery.start(server.run)
+    given = {"h": tools.hidden(7, 3), "grad": tools.hidden(7, 3, seed=1)}
+    assert (await backward(tools.Client(server), tools.MODEL, given, wanted=("h",)))["h"].isfinite().all()
 
 
 async def test_gradients_pass_int8_weights_as_the_numbers_that_they_stand_for(
