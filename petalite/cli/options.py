@@ -22,6 +22,7 @@ from petalite.identity import Address, Identity, PeerId, SwarmKey
 from petalite.limits import MAX_NETWORK_ID, MAX_SESSION_LENGTH
 
 WIRE_CODECS = ("auto", "f32", "f16", "bf16", "int8")
+SPECULATION = ("auto", "off")
 DEFAULT_TEMPERATURE = 0.8  # stories, not answers: greedy text of a small model soon goes in circles
 DEFAULT_NEW_TOKENS = 100
 
@@ -175,6 +176,10 @@ class GenerationOptions:
     """One of WIRE_CODECS."""
     device: str = "cpu"
     """Of the client's embeddings and head, in torch's words."""
+    speculate: str = "auto"
+    """One of SPECULATION."""
+    draft: str | None = None
+    """A small MODEL that guesses ahead."""
 
     @property
     def greedy(self) -> bool:
@@ -233,6 +238,18 @@ _GENERATION = (
         show_default=True,
         metavar="D",
         help="Where this client's embeddings and head live.",
+    ),
+    click.option(
+        "--speculate",
+        type=click.Choice(SPECULATION),
+        default="auto",
+        show_default=True,
+        help="Send guesses of the next tokens along where that saves time; the text is the same.",
+    ),
+    click.option(
+        "--draft",
+        metavar="MODEL",
+        help="A small model of the same vocabulary, run here, that guesses too.  [default: only look up what was read]",
     ),
 )
 

@@ -36,6 +36,7 @@ def generation_from(options: GenerationOptions) -> Generation:
         repetition_penalty=options.repetition_penalty,
         seed=options.seed,
         stop=options.stop,
+        speculate=options.speculate == "auto",
     )
 
 
@@ -61,7 +62,7 @@ async def load(swarm: Swarm, name: str, options: GenerationOptions) -> RemoteMod
     # before the bar: what is fetched from the hub shows bars of the hub's library
     await trio.to_thread.run_sync(find_model, name, CLIENT_PART, abandon_on_cancel=True)
     with progress("loading", None):
-        return await swarm.load(name, wire=options.wire, device=options.device, notice=notice)
+        return await swarm.load(name, wire=options.wire, device=options.device, notice=notice, draft=options.draft)
 
 
 def longest_session(model: RemoteModel) -> tuple[int, int]:

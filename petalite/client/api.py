@@ -17,6 +17,7 @@ from petalite.bloom.blocks import Embeddings, Head
 from petalite.bloom.config import BloomConfig
 from petalite.client.beams import Beams
 from petalite.client.blocking import Portal, open_portal
+from petalite.client.draft import load_draft
 from petalite.client.generation import (
     Generation,
     Rows,
@@ -98,6 +99,7 @@ def generation_of(
     repetition_penalty: float = 1.0,
     seed: int | None = None,
     stop: Sequence[str] = (),
+    speculate: bool = True,
     num_beams: int = 1,
     length_penalty: float = 1.0,
     early_stopping: bool | Literal["never"] = False,
@@ -111,6 +113,7 @@ def generation_of(
 ) -> Generation:
     """Options of a generation; temperature 0 is greedy, `num_beams` above 1 a beam search.
 
+    `speculate`: send guesses of the next tokens along where that saves time; the text is the same.
     `interventions`: functions of the hidden states between blocks, see `InferenceSession`. `adapter`: ours, or the name
     of one that servers hold. `soft_prompt`: trained inputs before the words. Whoever has bare tensors instead gives the
     adapter's with `scaling`, and `prompt_embeddings` (P, C) and `deep_prompts` (layers, P, C): see `Model.session`.
@@ -131,6 +134,7 @@ def generation_of(
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         stop=tuple(stop),
+        speculate=speculate,
         beams=beams,
         interventions=interventions or {},
         adapter=adapter,
@@ -154,11 +158,13 @@ class Swarm:
         device: str = "cpu",
         notice: Callable[[str], None] | None = None,
         push: bool = True,
+        draft: str | None = None,
     ) -> RemoteModel:
         """Load the client's share of `model` and find its servers.
 
         `model` is "fairytale", a directory in Hugging Face layout, or a hub name; `push`: servers may pass activations
-        on among themselves. Raises CheckpointError, and PetaliteError when no server of these very weights is found.
+        on among themselves; `draft`: a small BLOOM of the same vocabulary that runs here whole and guesses ahead, named
+        like `model`. Raises CheckpointError, and PetaliteError when no server of these very weights is found.
         """
         if wire not in ("auto", "f32", "f16", "bf16", "int8"):
             raise ValueError(f"wire must be auto, f32, f16, bf16 or int8, not {wire!r}")
@@ -166,8 +172,11 @@ class Swarm:
         parts = await trio.to_thread.run_sync(load, abandon_on_cancel=True)  # others are found meanwhile
         config = parts.config
         self.node.directory.watch(parts.manifest.model_id, config.n_layer, config.hidden_size)
+        small = None
+        if draft is not None:
+            small = await trio.to_thread.run_sync(load_draft, draft, parts, abandon_on_cancel=True)
         await self._find_servers(parts)
-        return RemoteModel(self.node, parts, wire=wire, notice=notice, push=push)
+        return RemoteModel(self.node, parts, wire=wire, notice=notice, push=push, draft=small)
 
     async def _find_servers(self, parts: LocalParts) -> None:
         """Wait until every block has a server; raises PetaliteError that says what is missing and why."""

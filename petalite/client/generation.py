@@ -7,14 +7,14 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Se
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 
-import torch
 import trio
 from torch import Tensor
 
 from petalite import limits
 from petalite.client.beams import Beams
+from petalite.client.decoding import Decoder, Turn
 from petalite.client.model import Model
-from petalite.client.sampling import Sampler, Sampling
+from petalite.client.sampling import Sampling
 from petalite.client.session import InferenceSession, Intervention, SessionError
 from petalite.client.text import TextStream
 from petalite.errors import PetaliteError
@@ -38,6 +38,8 @@ class Generation:
     max_new_tokens: int = 100
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
+    speculate: bool = True
+    """Send guesses along where they save time; the text is the same. Not with interventions, which would see them."""
     beams: Beams = field(default_factory=Beams)
     interventions: Mapping[int, Intervention] = field(default_factory=dict)
     adapter: Mapping[str, Tensor] | str | None = None
@@ -100,25 +102,38 @@ async def decode_tokens(
 ) -> AsyncGenerator[list[int]]:
     """Yield one token a row, again and again; `seen` grows with them. Never ends by itself: the consumer stops.
 
-    The token that is yielded last has not been sent to the servers yet.
+    The token that is yielded last has not been sent to the servers yet. With one row several tokens may come of one
+    pass through the servers, if `generation` lets it speculate; rows of a batch share their position, so one whose
+    guesses are wrong would hold up all, and a batch goes token by token.
     """
-    sampler = Sampler(generation.sampling)
+    clock = trio.lowlevel.current_clock().current_time
 
-    def choose(logits: Tensor) -> tuple[list[int], Tensor]:
-        tokens = sampler.choose(logits, seen)
-        return tokens, model.embed_here([[token] for token in tokens])
+    def begin() -> tuple[Decoder, Turn]:
+        speculate = generation.speculate and not generation.interventions
+        decoder = Decoder(model, generation.sampling, seen, generation.max_new_tokens, speculate=speculate, clock=clock)
+        return decoder, decoder.begin(logits)
 
-    def judge(hidden: Tensor) -> tuple[list[int], Tensor]:
-        with torch.inference_mode():
-            return choose(model.logits_here(hidden[:, -1]))
-
-    tokens, hidden = await model.run(lambda: choose(logits))
+    decoder, turn = await model.run(begin)
     while True:
-        for row, token in zip(seen, tokens, strict=True):
-            row.append(token)
-        yield tokens
-        output = await step_in_time(session, hidden)
-        tokens, hidden = await model.run(functools.partial(judge, output))
+        ahead = len(turn.chosen)
+        try:
+            for tokens in turn.chosen:
+                ahead -= 1
+                for row, token in zip(seen, tokens, strict=True):
+                    row.append(token)
+                yield tokens
+        finally:
+            if ahead:  # the consumer wants no more: what it did not hear was not said
+                session.truncate(session.position - ahead)
+        asked, upsets = clock(), session.upsets
+        sure = session.position + 1  # behind the token that was chosen; of the guesses nothing is sure yet
+        output = await step_in_time(session, turn.hidden)
+        decide = functools.partial(decoder.go_on, turn, output, asked if session.upsets == upsets else None)
+        try:
+            turn = await model.run(decide)
+            sure += len(turn.chosen) - 1
+        finally:
+            session.truncate(sure)
 
 
 class TokenRow:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import trio
@@ -28,6 +29,9 @@ from petalite.errors import CheckpointError, PetaliteError
 from petalite.models import CLIENT_PART, find_model, model_name
 from petalite.swarm.node import Node
 from petalite.wire.tensors import INT8, RAW
+
+if TYPE_CHECKING:
+    from petalite.client.draft import DraftModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +81,7 @@ class Model:
 
     `wire` is the activations' form: "auto" (f16, or bf16 where the servers compute in bf16), "f32", "f16", "bf16" or
     "int8". `notice` gets a quiet line when a server is replaced. `push`: servers may pass activations on among
-    themselves. `runner` runs embeddings and head.
+    themselves. `draft`: a small model that guesses ahead. `runner` runs embeddings, head, and the small model.
     """
 
     def __init__(
@@ -88,6 +92,7 @@ class Model:
         wire: str = "auto",
         notice: Callable[[str], None] | None = None,
         push: bool = True,
+        draft: DraftModel | None = None,
         runner: Runner = run_in_thread,
     ) -> None:
         self.node = node
@@ -95,6 +100,7 @@ class Model:
         self.config = parts.config
         self.tokenizer = parts.tokenizer
         self.notice = notice
+        self.draft = draft
         self.run = runner
         self._wire = wire
         self._push = push

@@ -43,6 +43,16 @@ class Sampler:
         else:
             self._random.manual_seed(sampling.seed)
 
+    def ahead(self) -> Sampler:
+        """A sampler that draws what this one is about to draw, and leaves it where it is.
+
+        torch draws by an exponential race: the least of e_i / p_i wins, where the e_i come from the generator. Two
+        that draw with the same e_i from distributions that are alike mostly draw the same token (Daliri et al. 2024).
+        """
+        other = Sampler(self._sampling)
+        other._random.set_state(self._random.get_state())
+        return other
+
     def choose(self, logits: Tensor, seen: list[list[int]]) -> list[int]:
         """logits (B, vocabulary), and the tokens each row has seen, prompt included -> one token a row."""
         scores = logits.float()

@@ -139,6 +139,11 @@ class InferenceSession:
         return self._pipeline.replayed_tokens
 
     @property
+    def upsets(self) -> tuple[int, int]:
+        """Changes when servers were replaced: the steps of then took longer than steps do."""
+        return self.failovers, self.replayed_tokens
+
+    @property
     def route(self) -> list[tuple[PeerId, tuple[int, int]]]:
         """Who holds which blocks now."""
         return [(hop.peer, (hop.blocks.start, hop.blocks.end)) for hop in self._pipeline.hops]
@@ -337,7 +342,7 @@ class InferenceSession:
         self._node.succeeded(send.hop.peer)
 
     def _note_seconds(self, send: Send, seconds: float) -> None:
-        if send.end - send.start == 1:
+        if send.end - send.start <= limits.SHORT_STEP_TOKENS:
             usual = self._step_seconds.get(send.hop.peer, seconds)
             self._step_seconds[send.hop.peer] = usual + 0.2 * (seconds - usual)
 

@@ -325,9 +325,10 @@ async def tell(
     tokens: int,
     *,
     before: Callable[[int, InferenceSession], None] = lambda token, session: None,
+    speculate: bool = False,
 ) -> list[int]:
-    """Greedy continuation; `before(i, session)` is called before what brings token i is sent."""
-    generation = Generation(max_new_tokens=tokens)
+    """Greedy continuation; `before(i, session)` is called before what brings token i is sent, or is looked at."""
+    generation = Generation(max_new_tokens=tokens, speculate=speculate)
     seen = list(prompt)
     async with model.session(max_len=len(prompt) + tokens) as session:
         before(0, session)
