@@ -210,8 +210,9 @@ class Scheduler:
             del self._training[owner]
             if queue:
                 self._training[owner] = queue
-        self._training_at = max(self._training_at, now - TRAINING_CREDIT_SECONDS)
-        credit = max(0.0, now - self._training_at) / TRAINING_PAUSE
+        # What it has had while nobody else was there is no debt.
+        self._training_at = min(max(self._training_at, now - TRAINING_CREDIT_SECONDS), now)
+        credit = (now - self._training_at) / TRAINING_PAUSE
         return Batch((job,), (job.tokens,), job.at_block, credit)
 
     def _short_batch(self) -> Batch:

@@ -335,9 +335,12 @@ def run_training(batch: Batch, scheduler: Scheduler, now: float, block: float, u
 
 def share_beside_decoding(step: float, think: float, block: float, seconds: float = 60.0) -> tuple[float, list[float]]:
     """One peer decodes, thinking between steps, one trains without end: training's share, and each step's seconds."""
-    scheduler, now, trained = Scheduler(), 0.0, 0.0
+    scheduler, now = Scheduler(), 0.0
     scheduler.add(training())
-    arrives, waits, taken = 0.0, False, []
+    while now < 5.0:  # alone at first, which must not count against it
+        now = run_training(some(scheduler.next_batch(now)), scheduler, now, block, until=now + 0.1)
+    start, trained, seconds = now, 0.0, now + seconds
+    arrives, waits, taken = now, False, []
     while now < seconds:
         if not waits and now >= arrives:
             scheduler.add(job(1))
@@ -353,7 +356,7 @@ def share_beside_decoding(step: float, think: float, block: float, seconds: floa
             now += step
             taken.append(now - arrives)
             arrives, waits = now + think, False
-    return trained / now, taken
+    return trained / (now - start), taken
 
 
 @pytest.mark.parametrize("block", [0.0003, 0.002, 0.01, 0.05])
