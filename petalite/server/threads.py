@@ -11,20 +11,31 @@ import trio
 from petalite.bloom.span import Span
 from petalite.server.measure import measure_rates
 
-# A second thread must pay for itself: small products run as fast on one, and a busy machine punishes waiting.
+# More threads must pay for themselves: small products run as fast on one, and a busy machine punishes waiting.
 WORTH_IT = 1.15
+# What they may cost a decode step if they pay for prefills only.
+BEARABLE = 0.95
 
 
 def best_threads(span: Span, most: int) -> tuple[int, tuple[float, float]]:
-    """The number of threads, 1..most, with which `span` decodes fastest, and its rates then. Blocking."""
+    """The number of threads, 1..most, with which `span` decodes fastest, and its rates then. Blocking.
+
+    Of numbers with which it decodes about as fast, the one with which it reads a prompt fastest.
+    """
     best, rates = 1, _rates_with(span, 1)
     count = 2
     while count <= most and span.device.type == "cpu":
         more = _rates_with(span, count)
-        if more[0] > WORTH_IT * rates[0]:
+        if _better(more, rates):
             best, rates = count, more
         count *= 2
     return best, rates
+
+
+def _better(more: tuple[float, float], rates: tuple[float, float]) -> bool:
+    """Whether rates (decode, batch) with more threads are worth these."""
+    decode, batch = more[0] / rates[0], more[1] / rates[1]
+    return decode > WORTH_IT or (decode > BEARABLE and batch > WORTH_IT)
 
 
 def _rates_with(span: Span, threads: int) -> tuple[float, float]:
