@@ -14,7 +14,8 @@ from petalite.cli.devices import usable_device
 from petalite.cli.options import GenerationOptions, SwarmOptions
 from petalite.cli.output import TextStream, emit_json, notice, progress
 from petalite.client.api import RemoteModel, Swarm, generation_of, join
-from petalite.client.generation import Generation, TokenRow, check_prompts, stream_pieces
+from petalite.client.generation import Generation, TokenRow, check_prompts, open_session
+from petalite.client.searching import pieces_of
 from petalite.client.session import InferenceSession
 from petalite.errors import PetaliteError
 from petalite.identity import Address
@@ -27,7 +28,7 @@ OnToken = Callable[[int, InferenceSession], None]
 """Called after each new token with how many there are."""
 
 
-def generation_from(options: GenerationOptions) -> Generation:
+def generation_from(options: GenerationOptions, beams: int = 1) -> Generation:
     return generation_of(
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
@@ -37,6 +38,7 @@ def generation_from(options: GenerationOptions) -> Generation:
         seed=options.seed,
         stop=options.stop,
         speculate=options.speculate == "auto",
+        num_beams=beams,
     )
 
 
@@ -92,12 +94,13 @@ async def generate(
     swarm: SwarmOptions,
     *,
     json: bool,
+    beams: int = 1,
     on_token: OnToken | None = None,
 ) -> None:
     """Join, load and tell, then leave."""
     async with join_as_told(swarm) as joined:
         model = await load(joined, name, options)
-        await tell(model, prompt, generation_from(options), json=json, on_token=on_token)
+        await tell(model, prompt, generation_from(options, beams), json=json, on_token=on_token)
 
 
 @dataclass(slots=True)
@@ -148,24 +151,27 @@ async def tell(
     """Generate and print: the text piece by piece, or with `json` one object at the end."""
     prompt_tokens = model.encode(prompt)
     check_prompts([prompt_tokens])
-    check_room(model, len(prompt_tokens) + generation.max_new_tokens)
+    max_len = len(prompt_tokens) + generation.max_new_tokens
+    check_room(model, generation.beams.count * max_len)
     story, row, out = Story(prompt), TokenRow(model, generation), TextStream()
+    steps = 0
     sent_before = sum(model.node.endpoint.traffic())
-    async with model.session(max_len=len(prompt_tokens) + generation.max_new_tokens) as session:
+    async with open_session(model, generation, max_len=max_len, batch=generation.beams.count) as session:
         if not json:
             out.write(prompt)
         started = first = last = trio.current_time()
         try:
             with reading_bar(len(prompt_tokens)) as read:
-                pieces = stream_pieces(model, session, prompt_tokens, [], generation, row, read)
+                pieces = pieces_of(model, session, prompt_tokens, [], generation, row, read)
                 async with aclosing(pieces):
                     async for piece in pieces:
                         last = trio.current_time()
-                        first = last if len(row.tokens) == 1 else first
+                        steps += 1
+                        first = last if steps == 1 else first
                         if not json:
                             out.write(piece)
                         if on_token is not None:
-                            on_token(len(row.tokens), session)
+                            on_token(steps, session)
         finally:
             out.end()
         story.servers = [{"peer_id": peer.text, "blocks": list(blocks)} for peer, blocks in session.route]

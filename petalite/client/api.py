@@ -28,12 +28,11 @@ from petalite.client.generation import (
     open_session,
     real_tokens,
     step_in_time,
-    stream_pieces,
 )
 from petalite.client.model import LocalParts, Model, load_local_parts
 from petalite.client.remote import RemoteBlocks
 from petalite.client.sampling import Sampling
-from petalite.client.searching import search_rows
+from petalite.client.searching import pieces_of, search_rows
 from petalite.client.session import InferenceSession, Intervention
 from petalite.client.tuning import LoraAdapter, PromptTuning, hidden_states
 from petalite.errors import PetaliteError
@@ -56,12 +55,10 @@ class RemoteModel(Model):
         generation = generation_of(**options)
         tokens = self.encode(prompt)
         check_prompts([tokens])
-        if generation.beams.count > 1:  # which beam wins shows at the end
-            yield (await search_rows(self, [tokens], generation))[0].text
-            return
-        async with open_session(self, generation, max_len=len(tokens) + generation.max_new_tokens) as session:
+        max_len, beams = len(tokens) + generation.max_new_tokens, generation.beams.count
+        async with open_session(self, generation, max_len=max_len, batch=beams) as session:
             row = TokenRow(self, generation)
-            async with aclosing(stream_pieces(self, session, tokens, [], generation, row)) as pieces:
+            async with aclosing(pieces_of(self, session, tokens, [], generation, row)) as pieces:
                 async for piece in pieces:
                     if piece:
                         yield piece

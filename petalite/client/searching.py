@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 
 from torch import Tensor
 
-from petalite.client.beams import BeamSearch
-from petalite.client.generation import Generation, TokenRow, prefill, prefilled
+from petalite.client.beams import BeamSearch, Hypothesis
+from petalite.client.generation import Generation, TokenRow, prefill, prefilled, stream_pieces
 from petalite.client.model import Model
 from petalite.client.sampling import penalize
+from petalite.client.session import InferenceSession
 
 
 async def search_rows(model: Model, prompts: Sequence[Sequence[int]], generation: Generation) -> list[TokenRow]:
@@ -18,19 +20,75 @@ async def search_rows(model: Model, prompts: Sequence[Sequence[int]], generation
 
     Each prompt has as many rows of one session as beams; servers reorder theirs with the step that follows.
     """
-    count = generation.beams.count
-    eos = model.config.eos_token_ids
-    searches = [BeamSearch(generation.beams, eos, generation.max_new_tokens) for _ in prompts]
-    async with prefilled(model, [prompt for prompt in prompts for _ in range(count)], generation) as (session, logits):
-        while True:
-            choose = functools.partial(_advance, searches, prompts, logits, generation.sampling.repetition_penalty)
-            sources, tokens = await model.run(choose)
-            if all(search.done for search in searches):
-                break
-            if sources != list(range(len(sources))):
-                session.reorder(sources)
-            logits = await prefill(model, session, [[token] for token in tokens])
-    return [_told(model, generation, best.tokens) for search in searches for best in search.best()]
+    searches = [_begin(model, generation) for _ in prompts]
+    rows = [prompt for prompt in prompts for _ in range(generation.beams.count)]
+    async with (
+        prefilled(model, rows, generation) as (session, logits),
+        aclosing(_steps(model, session, searches, prompts, logits, generation)) as steps,
+    ):
+        async for _ in steps:
+            pass
+    found = [(TokenRow(model, generation), best) for search in searches for best in search.best()]
+    for row, best in found:
+        _tell(row, best)
+    return [row for row, _ in found]
+
+
+def pieces_of(
+    model: Model,
+    session: InferenceSession,
+    prompt: Sequence[int],
+    seen: list[int],
+    generation: Generation,
+    row: TokenRow,
+    progress: Callable[[int], None] | None = None,
+) -> AsyncGenerator[str]:
+    """`stream_pieces`; with beams, in a session with a row for each: "" for each step, at last the best one's text."""
+    if generation.beams.count == 1:
+        return stream_pieces(model, session, prompt, seen, generation, row, progress)
+    return _search_pieces(model, session, prompt, generation, row, progress)
+
+
+async def _search_pieces(
+    model: Model,
+    session: InferenceSession,
+    prompt: Sequence[int],
+    generation: Generation,
+    row: TokenRow,
+    progress: Callable[[int], None] | None,
+) -> AsyncGenerator[str]:
+    search = _begin(model, generation)
+    rows = [prompt] * generation.beams.count
+    logits = await prefill(model, session, rows, progress, front=generation.prompt_embeddings)
+    async with aclosing(_steps(model, session, [search], [prompt], logits, generation)) as steps:
+        async for _ in steps:
+            yield ""
+    _tell(row, search.best()[0])
+    yield row.text
+
+
+def _begin(model: Model, generation: Generation) -> BeamSearch:
+    return BeamSearch(generation.beams, model.config.eos_token_ids, generation.max_new_tokens)
+
+
+async def _steps(
+    model: Model,
+    session: InferenceSession,
+    searches: Sequence[BeamSearch],
+    prompts: Sequence[Sequence[int]],
+    logits: Tensor,
+    generation: Generation,
+) -> AsyncGenerator[None]:
+    """Advance all searches by logits (B, vocabulary) behind what the session holds, until they are done."""
+    while True:
+        choose = functools.partial(_advance, searches, prompts, logits, generation.sampling.repetition_penalty)
+        sources, tokens = await model.run(choose)
+        if all(search.done for search in searches):
+            return
+        yield
+        if sources != list(range(len(sources))):
+            session.reorder(sources)
+        logits = await prefill(model, session, [[token] for token in tokens])
 
 
 def _advance(
@@ -52,8 +110,6 @@ def _advance(
     return sources, tokens
 
 
-def _told(model: Model, generation: Generation, tokens: Sequence[int]) -> TokenRow:
-    row = TokenRow(model, generation)
-    for token in tokens:
+def _tell(row: TokenRow, best: Hypothesis) -> None:
+    for token in best.tokens:
         row.push(token)
-    return row

@@ -60,10 +60,10 @@ def told_by_transformers(ids: torch.Tensor, mask: torch.Tensor, **options: Any) 
 async def test_rows_with_holes_and_left_padding_are_what_transformers_makes_of_the_mask(model: RemoteModel) -> None:
     ids = torch.randint(4, 6000, (3, 9), generator=torch.Generator().manual_seed(1))
     mask = torch.tensor([[1] * 9, [0, 0, 1, 1, 0, 1, 0, 1, 1], [0, 1, 1, 0, 0, 0, 1, 1, 1]])
-    expected = told_by_transformers(ids, mask, max_new_tokens=12)
-    assert await model.generate_ids(ids, mask, max_new_tokens=12) == expected
-    assert await model.generate_ids(ids.tolist(), mask.tolist(), max_new_tokens=12) == expected
-    assert expected != told_by_transformers(ids, torch.ones_like(ids), max_new_tokens=12)
+    expected = told_by_transformers(ids, mask, max_new_tokens=8)
+    assert await model.generate_ids(ids, mask, max_new_tokens=8) == expected
+    assert await model.generate_ids(ids.tolist(), mask.tolist(), max_new_tokens=8) == expected
+    assert expected != told_by_transformers(ids, torch.ones_like(ids), max_new_tokens=8)
 
 
 async def test_padding_behind_a_row_is_as_if_it_were_not_there(model: RemoteModel) -> None:
@@ -71,9 +71,9 @@ async def test_padding_behind_a_row_is_as_if_it_were_not_there(model: RemoteMode
     longest = max(map(len, rows))
     ids = torch.tensor([row + [3] * (longest - len(row)) for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-    expected = told_by_transformers(*left_padded(rows), max_new_tokens=12)
-    assert await model.generate_ids(ids, mask, max_new_tokens=12) == expected
-    assert await model.generate_ids(rows, max_new_tokens=12) == expected
+    expected = told_by_transformers(*left_padded(rows), max_new_tokens=8)
+    assert await model.generate_ids(ids, mask, max_new_tokens=8) == expected
+    assert await model.generate_ids(rows, max_new_tokens=8) == expected
 
 
 def test_a_mask_must_fit_its_rows() -> None:
@@ -97,13 +97,13 @@ def test_a_mask_must_fit_its_rows() -> None:
 )
 async def test_beams_of_a_padded_batch_are_those_of_transformers(model: RemoteModel, options: dict[str, Any]) -> None:
     rows = [model.encode(prompt) for prompt in PROMPTS]
-    expected = told_by_transformers(*left_padded(rows), max_new_tokens=14, **options)
-    assert await model.generate_ids(rows, max_new_tokens=14, **options) == expected
+    expected = told_by_transformers(*left_padded(rows), max_new_tokens=10, **options)
+    assert await model.generate_ids(rows, max_new_tokens=10, **options) == expected
 
 
 async def test_beams_under_a_repetition_penalty_are_those_of_transformers(model: RemoteModel) -> None:
     options: dict[str, Any] = {
-        "max_new_tokens": 14,
+        "max_new_tokens": 10,
         "num_beams": 3,
         "repetition_penalty": 1.4,
         "num_return_sequences": 3,

@@ -23,7 +23,7 @@ from tools.simulate_sessions.world import Place, load_parts, open_world
 
 SPANS = ((0, 3), (3, 8))
 PROMPTS = ["Once upon a time", "The little bear went into the dark wood and saw", "A king"]
-TOKENS = 10
+TOKENS = 7
 WIDTHS = {"query_key_value": (1, 3), "dense": (1, 1), "dense_h_to_4h": (1, 4), "dense_4h_to_h": (4, 1)}
 C = 256
 

@@ -169,6 +169,20 @@ class Oracle:
                 given, past = best.indices[:1].view(1, 1), output.past_key_values
         return tokens, margins
 
+    def beams(self, prompt: Sequence[int], count: int, beams: int) -> list[int]:
+        """New tokens of the best beam."""
+        ids = self.torch.tensor([list(prompt)])
+        told = self.model.generate(
+            ids,
+            attention_mask=self.torch.ones_like(ids),
+            max_new_tokens=count,
+            num_beams=beams,
+            do_sample=False,
+            use_cache=True,
+        )
+        tokens: list[int] = told[0, len(prompt) :].tolist()
+        return tokens
+
     def check(self, prompt: Sequence[int], got: Sequence[int], count: int, *, least_margin: float) -> None:
         """`got` is the oracle's text, or leaves it first where the two best logits lie closer than `least_margin`."""
         tokens, margins = self.greedy(prompt, count)

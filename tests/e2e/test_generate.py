@@ -48,6 +48,16 @@ def test_greedy_tokens_are_the_oracles(wire: str, margin: float, swarm: Swarm, f
     assert done.json["servers"] == [{"peer_id": s["peer_id"], "blocks": s["blocks"]} for s in swarm.ready]
 
 
+def test_beams_are_the_oracles(swarm: Swarm, fairytale_oracle: Any) -> None:
+    words = ["--beams", "3", "--json", "--wire", "f32", "--max-new-tokens", "10", *swarm.peers]
+    done = swarm.commands.run("generate", "fairytale", PROMPT, *words)
+    assert done.code == 0, done.err
+    assert done.json["token_ids"] == fairytale_oracle.beams(fairytale_oracle.encode(PROMPT), 10, 3)
+    assert done.json["text"] == fairytale_oracle.tokenizer.decode(done.json["token_ids"])
+    done = swarm.commands.run("generate", "fairytale", PROMPT, "--beams", "3", "--temperature", "1", *swarm.peers)
+    assert done.code == 2 and "--beams and --temperature exclude each other" in done.err
+
+
 def test_int8_on_the_wire_and_sampling_with_a_seed(swarm: Swarm, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--wire", "int8", "--seed", "7", "--top-k", "20", "--max-new-tokens", "12", *swarm.peers]
     texts = []
