@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -223,7 +224,77 @@ def test_a_stopped_server_is_noticed_after_two_seconds_and_not_dialled_again(pus
 
     pause = play(scene)
     assert isinstance(pause, float)
-    assert 1.9 <= pause <= 2.6  # half a second until the ping, which the system takes, then two of silence
+    assert 1.9 <= pause <= 2.2  # two seconds of silence, to which the ping that the system takes adds nothing
+
+
+def test_what_replaces_a_server_is_served_at_once_though_nobody_can_push_to_it() -> None:
+    async def scene() -> list[float]:
+        times: list[float] = []
+        count = Count()
+
+        def before(token: int, session: InferenceSession) -> None:
+            times.append(trio.current_time())
+            if token == 5:
+                world.places[1].host.die()
+                count.refusing = True
+
+        async with open_world(load_parts(), SPANS, SPARES, tap=count) as world, world.client() as model:
+            assert tuple(await tell(model, model.encode(PROMPT), TOKENS, before=before)) == undisturbed()
+        return [b - a for a, b in itertools.pairwise(times)]
+
+    pauses = play(scene)
+    assert isinstance(pauses, list)
+    assert max(pauses) <= 0.3
+
+
+def test_a_server_found_silent_between_steps_is_not_dialled_while_another_is_there(monkeypatch: Any) -> None:
+    async def scene() -> None:
+        async with (
+            open_world(load_parts(), SPANS, SPARES, idle_seconds=1.5) as world,
+            world.client() as model,
+            model.session(max_len=40) as session,
+        ):
+            await session.step(await model.embed([[5, 6, 7]]))
+            await trio.sleep(15)  # connections are closed meanwhile
+            stopped = world.places[1]
+            stopped.host.stop()
+            silent = {stopped.peer: "it did not answer within 3 s"}
+            monkeypatch.setattr(model.node.directory, "suspicion", lambda peer: silent.get(peer, ""))
+            started = trio.current_time()
+            await session.step(await model.embed([[8]]))
+            assert trio.current_time() - started <= 0.1
+            assert session.position == 4 and session.failovers == 1
+            assert f"{stopped.peer.short}.. (blocks 3:6) lost (it did not answer" in world.notices[0]
+
+    play(scene)
+
+
+def test_the_only_holder_is_waited_for_though_it_was_found_silent(monkeypatch: Any) -> None:
+    async def scene() -> None:
+        async with (
+            open_world(load_parts(), SPANS, idle_seconds=1.5) as world,
+            world.client() as model,
+            model.session(max_len=40) as session,
+            trio.open_nursery() as nursery,
+        ):
+            await session.step(await model.embed([[5, 6, 7]]))
+            await trio.sleep(15)
+            stopped = world.places[1]
+            stopped.host.stop()
+            monkeypatch.setattr(model.node.directory, "suspicion", lambda peer: "it did not answer within 3 s")
+
+            async def wake() -> None:
+                await trio.sleep(20)
+                stopped.host.resume()
+
+            nursery.start_soon(wake)
+            started = trio.current_time()
+            with trio.fail_after(60):
+                await session.step(await model.embed([[8]]))
+            assert 20 <= trio.current_time() - started <= 25
+            assert [peer for peer, _ in session.route][1] == stopped.peer
+
+    play(scene)
 
 
 def test_a_busy_server_that_says_so_is_waited_for() -> None:

@@ -1,10 +1,10 @@
 """Real servers killed and stopped at random moments: `python tools/kill_servers.py [--times 50] [--seed 1]`.
 
-Three spans of the embedded model with three holders each. In each round a client tells the same story while a server
-in use gets SIGKILL or SIGSTOP: during the prefill, during decoding, or once more during the replay, when the server
-that has taken over gets it too. The text must be the undisturbed one every time, and the extra pause at most the time
-in which the loss can be noticed, 1.5 times a prefill of the same tokens on those blocks, and 0.3 s (for each loss).
-Prints a line a round and ends with `N passed, M failed`.
+Three spans of the embedded model with three holders each. In each run a client tells the same story while a server in
+use gets SIGKILL or SIGSTOP during the prefill or the decoding; or one does, and then the one that takes over, in its
+replay. The text must be the undisturbed one every time. A line a run: the pause it cost, and what it may cost: 2 s to
+notice each stopped server, and for each lost one 300 ms and 1.5 times what the prefill of the same tokens takes there.
+Exit code 1 if a text was another one.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import signal
 import statistics
 import sys
 import time
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,149 +31,200 @@ from petalite.cli.processes import ServerProcess, running_servers
 from petalite.client.api import RemoteModel, generation_of
 from petalite.client.generation import TokenRow, stream_pieces
 from petalite.client.session import InferenceSession
+from petalite.identity import PeerId
 from petalite.models import FAIRYTALE
-from petalite.swarm.directory import Source
+from petalite.swarm.directory import Directory, Source
 
 SPANS = [(0, 3), (3, 6), (6, 8)]
 BLOCKS = 8
 HOLDERS = 3
-PROMPT = "Once upon a time there was a king who had three daughters, and"
+PROMPT = (
+    "Once upon a time there was a king who had three daughters, and the youngest of them was so beautiful that the sun "
+    "itself, which has seen so much, was astonished whenever it shone in her face."
+)
 TOKENS = 40
-MAX_LEN = 128
-ROUND_SECONDS = 60.0
-GRACE_SECONDS = 0.3
 PHASES = ("prefill", "decode", "replay")
-DETECTION = {signal.SIGKILL: 0.0, signal.SIGSTOP: limits.DEAD_AFTER_SECONDS}
+RUN_SECONDS = 60.0
 
 
 @dataclass
-class Telling:
-    """One story: its text, when the first token came, and the longest and the usual time between two tokens."""
+class Story:
+    """How one telling went: `moments` are the seconds at which its tokens came."""
 
-    text: str
-    first: float
-    gaps: list[float]
+    text: str = ""
+    moments: list[float] = field(default_factory=list)
 
-    @property
-    def extra(self) -> float:
-        return max(self.gaps) - statistics.median(self.gaps)
+    def gaps(self) -> list[float]:
+        """Seconds before each token."""
+        return [after - before for before, after in zip([0.0, *self.moments], self.moments, strict=False)]
 
 
-@dataclass
-class Round:
+@dataclass(frozen=True)
+class Usual:
+    """The undisturbed story, and seconds that the prefill of some numbers of tokens takes in all blocks."""
+
+    story: Story
+    prefills: tuple[tuple[int, float], tuple[int, float]]
+
+    def prefill(self, tokens: int, blocks: tuple[int, int]) -> float:
+        """Seconds that `tokens` take in `blocks`."""
+        (few, short), (many, long) = self.prefills
+        whole = short + max(0.0, long - short) * (tokens - few) / (many - few)
+        return whole * (blocks[1] - blocks[0]) / BLOCKS
+
+
+@dataclass(frozen=True)
+class Hit:
+    """`server` got `number` when the story had `tokens` new tokens."""
+
+    server: ServerProcess
     number: signal.Signals
-    phase: str
-    delay: float
-    victims: list[ServerProcess] = field(default_factory=list)
-
-    def strike(self, servers: list[ServerProcess], peer: object) -> None:
-        victim = next(server for server in servers if server.address.peer == peer)
-        victim.process.send_signal(self.number)
-        self.victims.append(victim)
-
-    def allowed(self, prefill: float) -> float:
-        """Seconds that the losses may cost; `prefill`: what all tokens take through one block."""
-        blocks = (victim.blocks[1] - victim.blocks[0] for victim in self.victims)
-        return sum(DETECTION[self.number] + 1.5 * prefill * size + GRACE_SECONDS for size in blocks)
+    tokens: int
 
 
-async def story(model: RemoteModel, session: InferenceSession) -> Telling:
+async def tell(model: RemoteModel, session: InferenceSession, story: Story) -> None:
     generation = generation_of(max_new_tokens=TOKENS)
     row = TokenRow(model, generation)
-    started = last = time.perf_counter()
-    gaps = []
+    started = time.perf_counter()
     async for _ in stream_pieces(model, session, model.encode(PROMPT), [], generation, row):
-        now = time.perf_counter()
-        gaps.append(now - last)
-        last = now
-    return Telling(row.text, gaps[0], gaps) if gaps else Telling(row.text, last - started, [0.0])
+        story.moments.append(time.perf_counter() - started)
+    story.text = row.text
 
 
-async def one_round(model: RemoteModel, servers: list[ServerProcess], plan: Round) -> Telling:
-    """Tell the story while servers of the route get `plan.number`."""
-    replaced = trio.Event()
-    async with model.session(max_len=MAX_LEN) as session, trio.open_nursery() as nursery:
-
-        def notice(line: str) -> None:
-            if "replaying" in line:
-                replaced.set()
-
-        async def disturb() -> None:
-            await trio.sleep(plan.delay)
-            while not session.route:  # noqa: ASYNC110  no event tells that a route has been planned
-                await trio.sleep(0.001)
-            before = [peer for peer, _ in session.route]
-            plan.strike(servers, random.choice(before))
-            if plan.phase == "replay":
-                await replaced.wait()
-                plan.strike(servers, next(peer for peer, _ in session.route if peer not in before))
-
-        session._notice = notice
-        nursery.start_soon(disturb)
-        told = await story(model, session)
-        nursery.cancel_scope.cancel()
-    return told
+async def disturb(
+    session: InferenceSession, story: Story, servers: Sequence[ServerProcess], phase: str, usual: Usual, hits: list[Hit]
+) -> None:
+    """Wait for the moment, and for the replacement's replay too if that is the phase; `hits` hears of each signal."""
+    first, whole = usual.story.moments[0], usual.story.moments[-1]
+    await trio.sleep(random.uniform(0, first) if phase == "prefill" else random.uniform(first, whole))
+    while not session.route:  # noqa: ASYNC110  no event tells that a route has been planned
+        await trio.sleep(0.001)
+    before = {peer for peer, _ in session.route}
+    hit(random.choice(session.route)[0], servers, story, hits)
+    if phase != "replay":
+        return
+    while not (fresh := [peer for peer, _ in session.route if peer not in before]):  # noqa: ASYNC110
+        await trio.sleep(0.001)
+    await trio.sleep(random.uniform(0, usual.prefill(len(story.moments), hits[0].server.blocks)))
+    hit(fresh[0], servers, story, hits)
 
 
-async def prefill_seconds(model: RemoteModel) -> float:
-    """What a prefill of all the story's tokens takes, a block: the median of five, with connections that are there."""
-    tokens = (model.encode(PROMPT) * TOKENS)[: len(model.encode(PROMPT)) + TOKENS]
-    hidden = await model.embed([tokens])
-    seconds = []
-    for _ in range(5):
-        async with model.session(max_len=MAX_LEN) as session:
-            started = time.perf_counter()
-            await session.step(hidden)
-            seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds) / BLOCKS
+def hit(peer: PeerId, servers: Sequence[ServerProcess], story: Story, hits: list[Hit]) -> None:
+    number = random.choice((signal.SIGKILL, signal.SIGSTOP))
+    server = next(server for server in servers if server.address.peer == peer)
+    server.process.send_signal(number)
+    hits.append(Hit(server, number, len(story.moments)))
+
+
+async def calibrate(model: RemoteModel) -> Usual:
+    """Tell the story once to warm up and once to know it, and time two lengths of prefill."""
+    for _ in range(2):
+        story = Story()
+        async with model.session(max_len=256) as session:
+            await tell(model, session, story)
+    prompt = len(model.encode(PROMPT))
+    timed = []
+    for tokens in (prompt, prompt + TOKENS):
+        async with model.session(max_len=256) as session:
+            taken = []
+            for _ in range(5):
+                hidden = await model.embed([[5] * tokens])
+                started = time.perf_counter()
+                await session.step(hidden)
+                taken.append(time.perf_counter() - started)
+                session.truncate(0)
+            timed.append((tokens, statistics.median(taken)))
+    return Usual(story, (timed[0], timed[1]))
+
+
+class Crowd:
+    """The servers that are up: those that are killed are replaced, those that are stopped go on after the run."""
+
+    def __init__(self, servers: Sequence[ServerProcess], directory: Directory, nursery: trio.Nursery) -> None:
+        self.servers = list(servers)
+        self._directory = directory
+        self._nursery = nursery
+
+    async def mend(self, hits: Sequence[Hit], holders: int) -> None:
+        """Return when every span has so many holders that are known to be well."""
+        for each in hits:
+            if each.number == signal.SIGSTOP:
+                each.server.process.send_signal(signal.SIGCONT)
+            else:
+                self.servers.remove(each.server)
+        held = Counter(server.blocks for server in self.servers)
+        if min(held[span] for span in SPANS) < holders:
+            await self._nursery.start(self._serve, [span for span in SPANS for _ in range(HOLDERS - held[span])])
+        while any(self._directory.suspicion(server.address.peer) for server in self.servers):
+            await self._directory.refresh()
+
+    async def _serve(
+        self, spans: Sequence[tuple[int, int]], task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        known = next(server.address for server in self.servers)
+        async with running_servers(FAIRYTALE, spans, first=known) as made:
+            self.servers += made
+            for server in made:
+                self._directory.add(server.address, Source.GIVEN)
+            await self._directory.refresh()
+            task_status.started()
+            await trio.sleep_forever()
 
 
 async def main(times: int, seed: int) -> int:
     random.seed(seed)
-    passed = failed = late = 0
-    extras: dict[tuple[signal.Signals, str], list[float]] = {}
+    same, pauses = 0, dict[str, list[tuple[float, float]]]()
     async with AsyncExitStack() as stack:
         servers = await stack.enter_async_context(running_servers(FAIRYTALE, SPANS * HOLDERS))
         swarm = await stack.enter_async_context(petalite.join(peers=[server.address for server in servers], lan=False))
-        model = await swarm.load(FAIRYTALE, wire="f32")
-        async with model.session(max_len=MAX_LEN) as session:
-            undisturbed = await story(model, session)
-        a_block = await prefill_seconds(model)
-        for index in range(times):
-            phase = PHASES[index % len(PHASES)]
-            whole, first = sum(undisturbed.gaps), undisturbed.first
-            delay = random.uniform(0, first) if phase == "prefill" else random.uniform(first, whole)
-            plan = Round(random.choice((signal.SIGKILL, signal.SIGSTOP)), phase, delay)
-            with trio.fail_after(ROUND_SECONDS):
-                told = await one_round(model, servers, plan)
-            equal, allowed = told.text == undisturbed.text, plan.allowed(a_block)
-            passed, failed = passed + equal, failed + (not equal)
-            late += bool(plan.victims) and told.extra > allowed
-            verdict = "equal" if equal else "OTHER TEXT"
-            hit = ", ".join("{}:{}".format(*victim.blocks) for victim in plan.victims) or "nobody, it was over"
-            print(
-                f"{index + 1:3} {plan.number.name} {phase:7} at {delay:.2f} s, blocks {hit}: {verdict}, "
-                f"pause {told.extra:.2f} s of {allowed:.2f}",
-                flush=True,
-            )
-            if plan.victims:
-                extras.setdefault((plan.number, phase), []).append(told.extra)
-            for victim in plan.victims:
-                if plan.number == signal.SIGSTOP:
-                    victim.process.send_signal(signal.SIGCONT)
-                else:
-                    servers.remove(victim)
-                    again = running_servers(FAIRYTALE, [victim.blocks], first=servers[0].address)
-                    servers += await stack.enter_async_context(again)
-                    swarm.node.directory.add(servers[-1].address, Source.GIVEN)
-            await swarm.node.directory.refresh()
-            swarm.node.bans = type(swarm.node.bans)()  # each round is a new day
-    for (number, phase), found in sorted(extras.items()):
-        median, most = statistics.median(found), max(found)
-        print(f"{number.name} in {phase}: {len(found)} times, pause {median:.2f} s median, {most:.2f} s at most")
-    print(f"{late} pauses longer than allowed")
-    print(f"{passed} passed, {failed} failed")
-    return 1 if failed else 0
+        nursery = await stack.enter_async_context(trio.open_nursery())
+        crowd = Crowd(servers, swarm.node.directory, nursery)
+        told: list[str] = []
+        model = await swarm.load(
+            FAIRYTALE, wire="f32", notice=lambda line: told.append(f"  {time.perf_counter():.2f} {line}")
+        )
+        usual = await calibrate(model)
+        done = 0
+        while done < times:
+            phase = PHASES[done % len(PHASES)]
+            story, hits = Story(), list[Hit]()
+            with trio.fail_after(RUN_SECONDS):
+                async with model.session(max_len=256) as session, trio.open_nursery() as disturbing:
+                    disturbing.start_soon(disturb, session, story, crowd.servers, phase, usual, hits)
+                    await tell(model, session, story)
+                    disturbing.cancel_scope.cancel()
+            await crowd.mend(hits, HOLDERS if PHASES[(done + 1) % len(PHASES)] == "replay" else HOLDERS - 1)
+            for each in hits:
+                swarm.node.succeeded(each.server.address.peer)
+            if len(hits) < (2 if phase == "replay" else 1):
+                continue  # the story was over before
+            done += 1
+            same += story.text == usual.story.text
+            names = "+".join(each.number.name for each in hits)
+            pause = max(after - before for after, before in zip(story.gaps(), usual.story.gaps(), strict=False))
+            bound = sum(allowed(each, usual, len(model.encode(PROMPT))) for each in hits)
+            pauses.setdefault(names, []).append((pause, bound))
+            verdict = "same text" if story.text == usual.story.text else f"ANOTHER TEXT: {story.text!r}"
+            if pause > bound:
+                print(*told, sep="\n", flush=True)
+            told.clear()
+            print(f"{done}: {names} in {phase}, pause {pause:.2f} s of {bound:.2f} s, {verdict}", flush=True)
+        nursery.cancel_scope.cancel()
+    for names, found in sorted(pauses.items()):
+        taken = [pause for pause, _ in found]
+        within = sum(pause <= bound for pause, bound in found)
+        print(
+            f"{names}: {len(found)} times, pause {statistics.median(taken):.2f} s median, {max(taken):.2f} s at most, "
+            f"{within} within the bound"
+        )
+    print(f"{same} of {times} texts the same")
+    return 0 if same == times else 1
+
+
+def allowed(each: Hit, usual: Usual, prompt: int) -> float:
+    """Seconds that the loss of a server may cost."""
+    noticing = limits.DEAD_AFTER_SECONDS if each.number == signal.SIGSTOP else 0.0
+    return noticing + 1.5 * usual.prefill(prompt + each.tokens, each.server.blocks) + 0.3
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from petalite.client.calls import Terms
 from petalite.client.given import Given, nbytes
 from petalite.client.pieces import TrainingCalls
 from petalite.client.verdicts import Judge, Verdict, retry_after
-from petalite.errors import HandshakeError, LocalProtocolError, PeerLost, RequestError
+from petalite.errors import HandshakeError, LocalProtocolError, PeerLost, PetaliteError, RequestError
 from petalite.identity import PeerId
 from petalite.net.nursery import open_flat_nursery
 from petalite.swarm.node import Node
@@ -231,12 +231,12 @@ class Passes:
                 self._node.succeeded(hop.peer)
                 planner.progressed()
                 return found
-            self._lose(planner, hop, f"no answer within {limits.TRAINING_SECONDS:.0f} s", ban=False)
+            self._lose(planner, hop, f"no answer within {limits.TRAINING_SECONDS:.0f} s")
             self._judge.avoid(hop.peer, SLOW_AVOID_SECONDS, trio.current_time())
         except RequestError as error:
             await self._refused(planner, hop, method, error)
         except (PeerLost, HandshakeError) as error:
-            self._lose(planner, hop, str(error), ban=True)
+            self._lose(planner, hop, str(error), ban=error)
         return None
 
     async def _refused(self, planner: BatchPlanner, hop: Hop, method: str, error: RequestError) -> None:
@@ -244,14 +244,14 @@ class Passes:
         if verdict is Verdict.AGAIN:
             await trio.sleep(min(retry_after(error.detail, 0.1), limits.ROOM_SECONDS))
         else:
-            self._lose(planner, hop, error.text, ban=verdict is Verdict.BAN)
+            self._lose(planner, hop, error.text, ban=error if verdict is Verdict.BAN else None)
 
-    def _lose(self, planner: BatchPlanner, hop: Hop, why: str, *, ban: bool) -> None:
+    def _lose(self, planner: BatchPlanner, hop: Hop, why: str, *, ban: PetaliteError | None = None) -> None:
         name = f"peer {hop.peer.short}.. (blocks {hop.blocks})"
         why = why.removeprefix(f"connection to peer {hop.peer.short}.. ended: ")
         self._judge.note(f"{name}: {why}")
-        if ban:
-            planner.failed(hop.peer)
+        if ban is not None:
+            planner.failed(hop.peer, ban)
             self._notice(f"{name} lost ({why}), training goes on elsewhere")
 
 

@@ -55,10 +55,10 @@ class Planner:
         self._failed_at: dict[PeerId, float] = {}
         self._waiting_since: float | None = None
 
-    def failed(self, peer: PeerId) -> None:
+    def failed(self, peer: PeerId, error: PetaliteError) -> None:
         """`peer` let us down: nobody in this process plans with it for a while."""
         self._failed_at[peer] = trio.current_time()
-        self._node.failed(peer)
+        self._node.failed(peer, error)
 
     def progressed(self) -> None:
         """Some server did something for us."""

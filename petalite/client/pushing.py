@@ -10,6 +10,8 @@ from petalite.client.pipeline import Send
 
 # A pushed step that has not come so long after the hop before it was done is sent by ourselves.
 PUSH_SECONDS = 1.0
+# The same between two servers of which one has just replaced another, until a first push has come.
+FRESH_PUSH_SECONDS = 0.15
 # How long steps go by way of the client after a push that failed; doubles while they fail.
 FIRST_PAUSE = 5.0
 LONGEST_PAUSE = 300.0

@@ -21,10 +21,10 @@ from petalite.client.given import Given
 from petalite.client.hop import Hop, HopState
 from petalite.client.pipeline import Action, Check, Extend, Intervene, Open, Pipeline, Plan, Push, Send
 from petalite.client.planning import Planner, SessionError
-from petalite.client.pushing import PUSH_SECONDS, Part, PushTrust
+from petalite.client.pushing import FRESH_PUSH_SECONDS, PUSH_SECONDS, Part, PushTrust
 from petalite.client.runner import Runner, run_in_thread
 from petalite.client.verdicts import Judge, Verdict, retry_after
-from petalite.errors import HandshakeError, LocalProtocolError, PeerLost, RequestError
+from petalite.errors import HandshakeError, LocalProtocolError, PeerLost, PeerUnreachable, PetaliteError, RequestError
 from petalite.identity import PeerId
 from petalite.net.nursery import open_flat_nursery
 from petalite.swarm.node import Node
@@ -118,6 +118,7 @@ class InferenceSession:
         self._hand_over_at = 0.0
         self._trust = PushTrust(push)
         self._step_seconds: dict[PeerId, float] = {}
+        self._met: set[tuple[PeerId, PeerId]] = set()  # servers of which one has pushed to the other
         self.failovers = 0
         self.failover_seconds = 0.0
 
@@ -283,16 +284,24 @@ class InferenceSession:
         """Do it, and judge the hop if it fails; whether it went well."""
         hop.busy = True
         try:
+            self._check_alive(hop)
             await call()
         except RequestError as error:
             await self._refused(hop, method, error)
         except (PeerLost, HandshakeError) as error:
-            self._lose(hop, str(error), ban=True)
+            self._lose(hop, str(error), ban=error)
         else:
             return True
         finally:
             hop.busy = False
         return False
+
+    def _check_alive(self, hop: Hop) -> None:
+        """Raises PeerUnreachable where we should have to dial a server that was found silent, and others are there."""
+        problem = "" if self._calls.connected(hop) else self._node.directory.suspicion(hop.peer)
+        tokens = self._pipeline.batch * hop.max_len
+        if problem and isinstance(self._planner.find(hop.blocks, tokens, without=frozenset({hop.peer})), Route):
+            raise PeerUnreachable(problem)
 
     async def _open(self, hop: Hop) -> None:
         """Waits for cache room, but not for long: holding some elsewhere meanwhile, others wait for us."""
@@ -302,7 +311,7 @@ class InferenceSession:
             self._pipeline.opened(hop)
             return
         self._judge.no_room(hop.peer, trio.current_time())
-        self._lose(hop, f"no answer to open within {seconds:.0f} s", ban=False)
+        self._lose(hop, f"no answer to open within {seconds:.0f} s")
 
     async def _check(self, hop: Hop) -> None:
         self._pipeline.checked(hop, *await self._calls.status(hop))
@@ -332,7 +341,7 @@ class InferenceSession:
             self._note_seconds(send, trio.current_time() - started)
             return
         self._judge.avoid(send.hop.peer, SLOW_AVOID_SECONDS, trio.current_time())
-        self._lose(send.hop, f"too slow: {trio.current_time() - started:.1f} s for one step", ban=False)
+        self._lose(send.hop, f"too slow: {trio.current_time() - started:.1f} s for one step")
 
     def _took(self, send: Send, outcome: Outcome) -> None:
         self._pipeline.replied(send, outcome.output)
@@ -421,7 +430,8 @@ class InferenceSession:
         async with open_flat_nursery() as nursery:
             for i in range(len(parts)):
                 nursery.start_soon(self._push_part, parts, i)
-        if not any(part.send.hop.state is HopState.GONE for part in parts):  # a lost server says nothing about pushing
+        # A lost server says nothing about pushing, nor does a step after it that we carried ourselves.
+        if self._lost_at is None and not any(part.send.hop.state is HopState.GONE for part in parts):
             self._trust.pushed(all(part.done for part in parts), trio.current_time())
 
     async def _push_part(self, parts: Sequence[Part], i: int) -> None:
@@ -438,9 +448,21 @@ class InferenceSession:
             for later in parts[i + 1 :]:
                 later.scope.cancel()
         elif i + 1 < len(parts):
-            # One that was never timed should not take much longer than those before it.
-            usual = self._step_seconds.get(parts[i + 1].send.hop.peer, trio.current_time() - started)
-            parts[i + 1].scope.deadline = trio.current_time() + PUSH_SECONDS + 3 * usual
+            patience = self._patience(hop, parts[i + 1].send.hop, trio.current_time() - started)
+            parts[i + 1].scope.deadline = trio.current_time() + patience
+
+    def _patience(self, before: Hop, hop: Hop, took: float) -> float:
+        """Seconds that a push from `before`, which `took` so long itself, to `hop` is waited for before we send the
+        step ourselves.
+
+        Not at all while a lost server has us late already: the two may have to meet first, or cannot. Servers that
+        were brought together by a loss have to show in little time that they can.
+        """
+        if self._lost_at is not None:
+            return 0.0
+        least = PUSH_SECONDS if not self.failovers or (before.peer, hop.peer) in self._met else FRESH_PUSH_SECONDS
+        # One that was never timed should not take much longer than those before it.
+        return least + 3 * self._step_seconds.get(hop.peer, took)
 
     async def _await_pushed(self, before: Part, part: Part) -> None:
         """Take the outcome of a pushed step, but only where that of the hop before was good: it fed this one."""
@@ -454,6 +476,7 @@ class InferenceSession:
             raise
         if before.done:
             self._took(part.send, outcome)
+            self._met.add((before.send.hop.peer, part.send.hop.peer))
             part.done = True
         else:
             self._pipeline.cut_off(part.send)
@@ -473,13 +496,14 @@ class InferenceSession:
                 self._notice(f"peer {hop} has dropped the session, replaying {hop.position} tokens there")
             self._pipeline.forgotten(hop)
         else:
-            self._lose(hop, error.text, ban=verdict is Verdict.BAN)
+            self._lose(hop, error.text, ban=error if verdict is Verdict.BAN else None)
 
-    def _lose(self, hop: Hop, why: str, *, ban: bool) -> None:
+    def _lose(self, hop: Hop, why: str, *, ban: PetaliteError | None = None) -> None:
+        """The hop is out; `ban` is what its peer is banned for."""
         why = why.removeprefix(f"connection to peer {hop.peer.short}.. ended: ")
         self._judge.note(f"peer {hop}: {why}")
-        if ban:
-            self._planner.failed(hop.peer)
+        if ban is not None:
+            self._planner.failed(hop.peer, ban)
         if hop.state is not HopState.NEW:
             self.failovers += 1
             self._lost.append(f"peer {hop} lost ({why})")

@@ -152,6 +152,17 @@ class Directory:
             entry.ask_at = 0.0
             self._woken.set()
 
+    def suspect(self, peer: PeerId, problem: str) -> None:
+        """`peer` gave somebody no sign of life: nobody plans with it before it has answered."""
+        entry = self.entries.get(peer)
+        if entry is not None:
+            self._ask_failed(entry, problem)
+
+    def suspicion(self, peer: PeerId) -> str:
+        """What came of the last that was asked of `peer`, if that was nothing; else ""."""
+        entry = self.entries.get(peer)
+        return entry.problem if entry is not None and entry.failures else ""
+
     # Keeping fresh
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:

@@ -13,7 +13,7 @@ import trio
 from petalite.dht.contacts import Contact
 from petalite.dht.guard import DialGuard
 from petalite.dht.node import DhtNode, contact_of
-from petalite.errors import HandshakeError, PeerLost, PeerUnreachable
+from petalite.errors import HandshakeError, PeerLost, PeerSilent, PeerUnreachable, PetaliteError
 from petalite.identity import Address, Identity, PeerId
 from petalite.lan.discovery import Hint, Lan
 from petalite.limits import GOODBYE_SECONDS
@@ -155,9 +155,14 @@ class Node:
             snapshot, needs, latencies=self.directory.latencies(), bans=self.bans, now=trio.current_time()
         )
 
-    def failed(self, peer: PeerId) -> None:
-        """`peer` let us down: it is out of the routes for a while, and asked whether it still serves."""
+    def failed(self, peer: PeerId, error: PetaliteError | None = None) -> None:
+        """`peer` let us down: it is out of the routes for a while, and asked whether it still serves.
+
+        Where the `error` says that it gives no sign of life, it is out until it does.
+        """
         self.bans = self.bans.failed(peer, trio.current_time())
+        if isinstance(error, (PeerSilent, PeerUnreachable)):
+            self.directory.suspect(peer, str(error))
         self.directory.lost(peer)
 
     def succeeded(self, peer: PeerId) -> None:

@@ -10,6 +10,7 @@ from petalite.errors import (
     ErrorCode,
     LocalProtocolError,
     PeerLost,
+    PeerSilent,
     PeerUnreachable,
     PetaliteError,
     RemoteProtocolError,
@@ -116,7 +117,7 @@ class Requester:
             self._fail(request, error)
 
     def fail_all(self, error: PeerLost) -> None:
-        self.fail_unsent(PeerUnreachable(str(error)))
+        self.fail_unsent(error if isinstance(error, PeerSilent) else PeerUnreachable(str(error)))
         for request in list(self._open.values()):
             self._fail(request, type(error)(*error.args))  # one for each that raises it
 

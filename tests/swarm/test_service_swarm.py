@@ -19,7 +19,7 @@ from petalite.bloom.loading import load_span
 from petalite.bloom.manifest import load_or_make
 from petalite.bloom.packed import PackedLinear, pack
 from petalite.client.api import RemoteModel
-from petalite.errors import PetaliteError
+from petalite.errors import PeerSilent, PetaliteError, RemoteProtocolError
 from petalite.identity import Address, Identity
 from petalite.models import find_model
 from petalite.server.executor import run_inline
@@ -227,6 +227,21 @@ async def test_dead_server_leaves_a_running_clients_directory_within_five_second
                 directory.touch()
                 await trio.sleep(0.1)
             assert trio.current_time() - started <= 5
+
+
+async def test_a_server_that_gave_no_sign_of_life_is_out_until_it_answers(clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        root = await swarm.serve(blocks=(0, 8))
+        peer = root.node.endpoint.peer_id
+        async with swarm.client(root.address) as model:
+            node = model.node
+            await node.directory.refresh()
+            node.failed(peer, RemoteProtocolError("nonsense"))
+            assert [server.peer for server in seen(model)] == [peer] and not node.directory.suspicion(peer)
+            node.failed(peer, PeerSilent("no sign of life for 2.0 s"))
+            assert not seen(model) and "no sign of life" in node.directory.suspicion(peer)
+            await trio.sleep(1)
+            assert [server.peer for server in seen(model)] == [peer] and not node.directory.suspicion(peer)
 
 
 # On one's own networks servers are asked every two seconds; far ones through the DHT alone.

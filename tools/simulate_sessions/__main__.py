@@ -46,7 +46,7 @@ def _runs(first: int, count: int, trace: bool) -> int:
     def told(report: Report) -> None:
         total.update(
             steps=report.steps, faults=report.faults, failovers=report.failovers, replayed=report.replayed,
-            given_up=report.given_up,
+            cut=report.cut_short, without=report.without_server,
         )  # fmt: skip
         if report.problem:
             print(f"seed {report.seed}: {report.problem}", flush=True)
@@ -58,8 +58,9 @@ def _runs(first: int, count: int, trace: bool) -> int:
 
     wrong = run_seeds(make_parts(), first, count, told)
     print(
-        f"{count} runs from seed {first}: {total['steps']} steps, {total['given_up']} given up, {total['faults']} "
-        f"faults, {total['failovers']} failovers, {total['replayed']} tokens replayed, {len(wrong)} wrong; "
+        f"{count} runs from seed {first}: {total['steps']} steps, {total['cut']} cut short by their caller, "
+        f"{total['without']} without a server before its deadline, {total['faults']} faults, "
+        f"{total['failovers']} failovers, {total['replayed']} tokens replayed, {len(wrong)} wrong; "
         f"{time.monotonic() - started:.0f} s"
     )
     return 1 if wrong else 0

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from petalite.bloom.config import BloomConfig
 from petalite.bloom.synthetic import write_checkpoint
+from petalite.client.api import RemoteModel
 from petalite.client.session import InferenceSession, SessionError
 from petalite.net.call import Call, Handler, Reply
+from petalite.swarm.node import Node
 from tools.simulate_sessions.faults import FAULTS
 from tools.simulate_sessions.world import Parts, Place, World, load_tiny, open_world
 
@@ -99,7 +101,8 @@ class Report:
     seed: int
     problem: str = ""
     steps: int = 0
-    given_up: int = 0
+    cut_short: int = 0
+    without_server: int = 0
     faults: int = 0
     failovers: int = 0
     replayed: int = 0
@@ -188,7 +191,7 @@ async def _use(world: World, parts: Parts, chance: random.Random, report: Report
             tokens = chance.choice([1, 1, 1, 1, 2, 9])
             hidden = torch.randn(batch, tokens, CONFIG.hidden_size, generator=values)
             await _between(session, twin, chance)
-            if not await _step(session, twin, hidden, chance, report):
+            if not await _step(world, model, session, twin, hidden, chance, report):
                 return
         report.failovers, report.replayed = session.failovers, session.replayed_tokens
 
@@ -208,19 +211,30 @@ async def _between(session: InferenceSession, twin: Twin, chance: random.Random)
         await trio.sleep(chance.choice([2.0, 15.0, 100.0]))
 
 
-async def _step(session: InferenceSession, twin: Twin, hidden: Tensor, chance: random.Random, report: Report) -> bool:
-    """One step, sometimes given up in its middle and done again. False if the run is to end."""
+async def _step(
+    world: World,
+    model: RemoteModel,
+    session: InferenceSession,
+    twin: Twin,
+    hidden: Tensor,
+    chance: random.Random,
+    report: Report,
+) -> bool:
+    """One step, sometimes cut short by its caller's impatience and done again. False if the run is to end."""
     report.steps += 1
     if chance.random() < 0.1:
         output = None
-        with trio.move_on_after(chance.choice([0.0, 0.001, 0.3, 1.0])):
+        with trio.move_on_after(chance.choice([0.0, 0.001, 0.3, 1.0])) as patience:
             try:
                 output = await session.step(hidden)
-            except SessionError:
-                pass  # it sees that there is no server to be had before the deadline
+            except SessionError as error:  # it sees that there is no server to be had before the deadline
+                report.without_server += 1
+                if _all_served(world, model.node):
+                    report.problem = f"step {report.steps} gave up though each block had a server: {error}"
+                    return False
         if output is not None:
             return _same(output, twin.step(hidden), report)
-        report.given_up += 1
+        report.cut_short += patience.cancelled_caught
         hidden = -hidden  # something else instead
     try:
         with trio.fail_after(STEP_PATIENCE):
@@ -229,6 +243,13 @@ async def _step(session: InferenceSession, twin: Twin, hidden: Tensor, chance: r
         report.problem = f"step {report.steps} did not come through: {error!r}"
         return False
     return _same(output, twin.step(hidden), report)
+
+
+def _all_served(world: World, node: Node) -> bool:
+    """Whether each block has a server that is up and has not just failed the client."""
+    now = trio.current_time()
+    well = [place.server.span for place in world.places if place.up and not node.bans.banned(place.peer, now)]
+    return all(any(span.start <= block < span.end for span in well) for block in range(CONFIG.n_layer))
 
 
 def _same(output: Tensor, expected: Tensor, report: Report) -> bool:
