@@ -12,12 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from petalite.bloom.blocks import Block
 from petalite.bloom.cache import CacheFull, CachePool
-from petalite.bloom.quantize import Int8Linear
 from petalite.bloom.span import Part, Span
 
 BATCHES = (1, 2, 4, 8, 16)
@@ -127,17 +125,17 @@ class FastSpan(Span):
     def _block(self, block: Block, x: Tensor, arena: Tensor, meta: Tensor) -> Tensor:
         """`Block.forward` for one token a row."""
         attention, mlp, after = block.self_attention, block.mlp, block.post_layernorm_residual
-        normed = block.input_layernorm(x)
-        qkv = self._linear(attention.query_key_value, normed)
+        product = self._kernels.product
+        normed, norm = self._before(block.input_layernorm, x, after)
+        qkv = product(attention.query_key_value, normed, norm=norm)
         seen = self._kernels.decode_attention(qkv, arena, meta, self._cuda_slopes, attention.head_dim)
-        x = self._linear(attention.dense, seen) + (normed if after else x)
-        normed = block.post_attention_layernorm(x)
-        wide = F.gelu(self._linear(mlp.dense_h_to_4h, normed), approximate="tanh")
-        return self._linear(mlp.dense_4h_to_h, wide) + (normed if after else x)
-
-    def _linear(self, layer: nn.Module, x: Tensor) -> Tensor:
-        if isinstance(layer, Int8Linear):
-            y: Tensor = self._kernels.int8_linear(x, layer.weight, layer.scale, layer.bias)
-            return y
-        result: Tensor = layer(x)
+        x = product(attention.dense, seen, residual=normed)
+        normed, norm = self._before(block.post_attention_layernorm, x, after)
+        wide = product(mlp.dense_h_to_4h, normed, norm=norm, gelu=True)
+        result: Tensor = product(mlp.dense_4h_to_h, wide, residual=normed)
         return result
+
+    @staticmethod
+    def _before(norm: nn.LayerNorm, x: Tensor, after: bool) -> tuple[Tensor, nn.LayerNorm | None]:
+        """What a product takes and what it is yet to do to it: where the normed values are the residual, nothing."""
+        return (norm(x), None) if after else (x, norm)

@@ -27,8 +27,9 @@ T = TypeVar("T")
 
 # How long the end of the executor waits for what is in the worker.
 STOP_SECONDS = 0.5
-# Short steps that have lately taken no longer than this run in the event loop's own thread.
-BRIEF_SECONDS = 0.005
+# A short step runs in the event loop's own thread where such have lately taken no longer than this. One that comes
+# alone: while the model runs several, the loop has their neighbours' messages to see to.
+BRIEF_SECONDS = 0.01
 
 
 class ThreadRunner(Protocol):
@@ -135,7 +136,8 @@ class Executor:
         return self._scheduler.urgent
 
     async def _run_batch(self, batch: Batch) -> None:
-        if self._here is None or batch.long or batch.training or not 0 < self._scheduler.short_seconds <= BRIEF_SECONDS:
+        alone = len(batch.jobs) == 1 and not (batch.long or batch.training)
+        if self._here is None or not alone or not 0 < self._scheduler.short_seconds <= BRIEF_SECONDS:
             await self._run_in_worker(batch)
             return
         self._here(lambda: compute(batch, _never))

@@ -40,6 +40,7 @@ GEOMETRIES = {
     "176b": BloomConfig(hidden_size=14_336, n_head=112, n_layer=70, vocab_size=250_880),
 }
 STEPS = 40
+TOGETHER_STEPS = 200
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--check", action="store_true", help="compare the fast block with the plain one, and time both")
     parser.add_argument("--no-transformers", action="store_true", help="leave out the comparison")
     parser.add_argument("--serve", metavar="JSON", help=argparse.SUPPRESS)
+    parser.add_argument("--decode", metavar="ADDRESS", nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--transformers", action="store_true", help=argparse.SUPPRESS)
 
 
@@ -58,6 +60,9 @@ def run(arguments: argparse.Namespace) -> Result | None:
     config = _config(arguments)
     if arguments.serve:
         trio.run(_serve, config, arguments, json.loads(arguments.serve))
+        return None
+    if arguments.decode:
+        trio.run(_decode, config, [Address.parse(address) for address in arguments.decode])
         return None
     if arguments.transformers:
         print(json.dumps(_transformers(config, arguments.prefixes)))
@@ -142,7 +147,10 @@ async def _serve(config: BloomConfig, arguments: argparse.Namespace, told: dict[
     else:
         torch.set_num_threads(1)
     span = random_span(config, told["start"], told["end"], dtype=_dtype(), device=device, quantize=arguments.quantize)
-    server = BlockServer(span, Manifest(config, {}), "bench", cache_tokens=32_768 if device.type == "cuda" else 8192)
+    server = BlockServer(
+        span, Manifest(config, {}), "bench", cache_tokens=32_768 if device.type == "cuda" else 8192,
+        here=lambda function: function(),
+    )  # fmt: skip
     reason = server.accelerate()
     print(reason or "fast", file=sys.stderr, flush=True)
     async with open_endpoint(Identity.generate(), handlers=server.methods) as endpoint, trio.open_nursery() as nursery:
@@ -198,18 +206,18 @@ async def _measure(
             row["steps ratio"] = steps / theirs[f"steps {prefix}"] if theirs else "-"
             row["prefill ratio"] = prefill / theirs[f"prefill {prefix}"] if theirs else "-"
             result.rows.append(row)
-        alone = await _together(node, config, ends, 1)
-        for sessions in arguments.sessions:
-            rates = await _together(node, config, ends, sessions)
-            share = min(rates) / (sum(rates) / sessions)
-            result.rows.append(
-                {
-                    "sessions": sessions,
-                    "steps/s in all": sum(rates),
-                    "times one session": sum(rates) / alone[0],
-                    "least share": share,
-                }
-            )
+    alone = await trio.to_thread.run_sync(_together, arguments, addresses, 1)
+    for sessions in arguments.sessions:
+        rates = await trio.to_thread.run_sync(_together, arguments, addresses, sessions)
+        share = min(rates) / (sum(rates) / sessions)
+        result.rows.append(
+            {
+                "sessions": sessions,
+                "steps/s in all": sum(rates),
+                "times one session": sum(rates) / alone[0],
+                "least share": share,
+            }
+        )
 
 
 def _session(node: Node, config: BloomConfig, max_len: int) -> InferenceSession:
@@ -239,30 +247,43 @@ async def _generate(node: Node, config: BloomConfig, ends: _Ends, prefix: int) -
     return 1 / median(times), prefix / min(prefills)
 
 
-async def _together(node: Node, config: BloomConfig, ends: _Ends, sessions: int) -> list[float]:
-    """Steps/s of each of several sessions that decode at once, hidden states only (no head)."""
-    rates = [0.0] * sessions
-    hidden = await trio.to_thread.run_sync(ends.embed, torch.arange(128)[None] % config.vocab_size)
-    ready = 0
-    go = trio.Event()
+def _together(arguments: argparse.Namespace, addresses: list[Address], sessions: int) -> list[float]:
+    """Steps/s of each of several clients, a process each, that decode at once: hidden states only, no head."""
+    command = _this_script(arguments, "--decode", *map(str, addresses))
+    clients = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(sessions)
+    ]
+    try:
+        for client in clients:
+            _line(client)  # it has its session, and what it has read
+        for client in clients:
+            if client.stdin is not None:
+                client.stdin.write("go\n")
+                client.stdin.flush()
+        return [float(_line(client)) for client in clients]
+    finally:
+        for client in clients:
+            client.kill()
+            client.wait()
 
-    async def decode(index: int) -> None:
-        nonlocal ready
-        async with _session(node, config, 128 + STEPS + 8) as session:
+
+async def _decode(config: BloomConfig, addresses: list[Address]) -> None:
+    """One such client: a line when it is ready, and one with its steps/s after a line on stdin."""
+    torch.set_num_threads(1)
+    hidden = torch.randn(1, 128, config.hidden_size).to(_dtype())
+    async with open_node(Identity.generate(), peers=addresses) as node:
+        await node.start(lan=False)
+        node.directory.watch(Manifest(config, {}).model_id, config.n_layer, config.hidden_size)
+        await node.directory.refresh()
+        async with _session(node, config, 128 + TOGETHER_STEPS + 8) as session:
             await session.step(hidden)
-            ready += 1
-            if ready == sessions:
-                go.set()
-            await go.wait()
+            await session.step(hidden[:, :1])
+            print("ready", flush=True)
+            await trio.to_thread.run_sync(sys.stdin.readline)
             started = time.perf_counter()
-            for _ in range(STEPS):
+            for _ in range(TOGETHER_STEPS):
                 await session.step(hidden[:, :1])
-            rates[index] = STEPS / (time.perf_counter() - started)
-
-    async with trio.open_nursery() as nursery:
-        for index in range(sessions):
-            nursery.start_soon(decode, index)
-    return rates
+            print(TOGETHER_STEPS / (time.perf_counter() - started), flush=True)
 
 
 # --- transformers ----------------------------------------------------------------------------------------------------
