@@ -11,6 +11,8 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
+from petalite.server.blockcost import BlockCost
+
 # A job of at most this many tokens (rows x new tokens) is short: a decode step, or a few drafted tokens.
 SHORT_TOKENS = 32
 # Tokens of all short steps in one batch.
@@ -112,7 +114,7 @@ class Scheduler:
         self._begun: Job | None = None  # a long job amid its piece: goes on before any other long one
         self._owed = 0.0  # seconds that short steps are to have before a long one may hold them up again
         self._load: Counter[Hashable] = Counter()
-        self._block_token_seconds = 1e-4
+        self._block_cost = BlockCost()
         self._short_at = float("-inf")
         self.short_seconds = 0.0
         """What a batch of short steps takes, on a running average; 0 before the first."""
@@ -260,7 +262,7 @@ class Scheduler:
     def _piece_tokens(self, job: Job, now: float) -> int:
         crowded = now - self._short_at < RECENT_SECONDS
         seconds = max(BLOCK_SECONDS, self.short_seconds / 2) if crowded else LONE_BLOCK_SECONDS
-        return max(max(SMALLEST_PIECE, int(seconds / self._block_token_seconds)) // job.batch, 1)
+        return max(max(SMALLEST_PIECE, self._block_cost.tokens_within(seconds)) // job.batch, 1)
 
     def finished(self, batch: Batch, seconds: float) -> None:
         """`batch` took `seconds`; a training one, without the way to the worker. A long job that is not through goes
@@ -293,5 +295,4 @@ class Scheduler:
         if blocks > 0 and job.error is None:
             # For the block that a short step may have waited for; those that ran while none waited are no debt.
             self._owed = max(2 * seconds / blocks, LEAST_SECONDS)
-            cost = max(LEAST_SECONDS, seconds / (blocks * job.batch * batch.tokens[0]))
-            self._block_token_seconds += 0.5 * (cost - self._block_token_seconds)
+            self._block_cost.measured(job.batch * batch.tokens[0], seconds / blocks)

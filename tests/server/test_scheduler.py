@@ -143,7 +143,7 @@ def test_a_piece_is_never_less_than_worth_its_while() -> None:
     scheduler.add(long)
     for _ in range(5):
         batch = take(scheduler)
-        run(batch, scheduler, seconds=1000.0)
+        run(batch, scheduler, seconds=10.0 * batch.tokens[0])
     assert batch.tokens == (SMALLEST_PIECE // 4,)
 
 
