@@ -148,7 +148,8 @@ def types_and_codecs(bench: Bench) -> None:
     names = ["prompts", *ADAPTER]
     given = trainer.given(3, 2, "grad", *names)
     wanted = trainer.run("backward", given, wanted=["h", *names])
-    for dtype, codec in (("f16", "raw"), ("bf16", "raw"), ("f16", "i8b64")):
+    # About three times, for f16 eight times, the largest of 300 random requests: 0.006, 0.049, 0.121.
+    for dtype, codec, tolerance in (("f16", "raw", 0.05), ("bf16", "raw", 0.15), ("f16", "i8b64", 0.4)):
         answer = trainer.call("backward", given, dtype=dtype, codec=codec, wanted=["h", *names])
         found = take(answer)
         described = {tensor["n"]: (tensor["d"], tensor["c"]) for tensor in (answer.head or {})["t"]}
@@ -156,7 +157,7 @@ def types_and_codecs(bench: Bench) -> None:
         require(described == due, f"expected: {due}; observed: {described}")
         for name, array in found.items():
             distance = np.linalg.norm(array - wanted[name]) / np.linalg.norm(wanted[name])
-            require(distance < 0.1, f"{name} as {dtype} {codec}: differs by {distance:.2g}")
+            require(distance < tolerance, f"{name} as {dtype} {codec}: differs by {distance:.2g}")
 
 
 @case("training/007", "PT-TRA-024 PT-TRA-033")
