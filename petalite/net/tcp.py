@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import socket
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
@@ -51,7 +52,13 @@ class Tcp:
         async with trio.open_nursery() as nursery:
             # serve_listeners backs off on EMFILE and its relatives instead of spinning.
             await nursery.start(trio.serve_listeners, handle, listeners)
-            task_status.started([(name[0], name[1]) for name in names])
+            task_status.started([bound_place(name) for name in names])
+
+
+def bound_place(name: tuple[str, int] | tuple[str, int, int, int]) -> tuple[str, int]:
+    """Host and port of a socket's name; a link-local IPv6 address means nothing without its scope."""
+    host, port, scope = name[0], name[1], name[3] if len(name) == 4 else 0
+    return (f"{host}%{socket.if_indextoname(scope)}", port) if scope and "%" not in host else (host, port)
 
 
 def _os_reason(error: OSError) -> str:

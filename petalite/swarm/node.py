@@ -59,7 +59,7 @@ class Node:
         """
         self.dht = DhtNode(
             self.endpoint,
-            addrs=[place_of(address) for address in addresses],
+            addrs=[place_of(address) for address in addresses if "%" not in address.host],  # a scope is this machine's
             lan=not any(is_global(a.host) for a in (*addresses, *self.peers)),
         )
         self.directory.dht = self.dht

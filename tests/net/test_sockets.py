@@ -22,7 +22,7 @@ from petalite.identity import Address, Identity, SwarmKey
 from petalite.net.call import Call, Reply
 from petalite.net.connection import PeerConnection
 from petalite.net.endpoint import Endpoint, open_endpoint
-from petalite.net.tcp import Tcp
+from petalite.net.tcp import Tcp, bound_place
 from petalite.testing import RawPeer
 from petalite.wire import frames
 from petalite.wire.frames import Cancel, GoAway, Hello, Req
@@ -257,3 +257,10 @@ async def test_a_raw_cancel_over_tcp() -> None:
         assert isinstance(await peer.receive(), Hello)
         assert await peer.receive() == frames.Pong(b"12345678")
         await peer.transport.aclose()
+
+
+def test_a_link_local_address_is_told_with_its_scope() -> None:
+    index, name = socket.if_nameindex()[0]
+    assert bound_place(("fe80::1", 31337, 0, index)) == (f"fe80::1%{name}", 31337)
+    assert bound_place(("fd00::1", 31337, 0, 0)) == ("fd00::1", 31337)
+    assert bound_place(("10.0.0.1", 31337)) == ("10.0.0.1", 31337)
