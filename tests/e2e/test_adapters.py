@@ -76,6 +76,13 @@ def _blocks_of(theirs: Any, hidden: torch.Tensor) -> torch.Tensor:
     return output
 
 
+def test_a_text_is_told_with_it(model: Any, theirs: Any) -> None:
+    ids = torch.tensor([model.encode("A king")])
+    due = theirs.generate(ids, max_new_tokens=10, do_sample=False, attention_mask=torch.ones_like(ids))
+    assert model.generate_ids(ids, max_new_tokens=10, adapter="sea") == due[:, ids.shape[1] :].tolist()
+    assert model.generate_ids(ids, max_new_tokens=10) != due[:, ids.shape[1] :].tolist()
+
+
 def test_servers_say_which_they_hold_and_some_blocks_are_enough(model: Any) -> None:
     remote = model.remote
     snapshot = model._portal.call_now(lambda: remote.node.directory.snapshot(remote.model_id))
