@@ -33,6 +33,7 @@ MIB = 1 << 20
 WORKERS = 12  # at once; a cap by address must leave room for whoever is honest behind the same address
 SETTLE_SECONDS = 20.0  # for the server to notice what is gone; a handshake may take 10 s
 GROWTH_BYTES = 10 * MIB
+MOST_CACHE, PIECE = 20_000, 256  # tokens of cache that are filled first, and at a time
 NASTY: list[Any] = [
     -1, 0, 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1, True, None, "", "x" * 300, "\x00\x1b[2J", b"", bytes(32), [], {},
     [[[[[]]]]], {"!x": 1}, {"size": 2**40}, 0.5, -(2**63),
@@ -314,6 +315,7 @@ class Soak:
         keeper = Keeper(self.target, self.info, self.seed)
         started = time.monotonic()
         try:
+            self._use_whole_cache()
             keeper.probe()
             first: Held | None = None
             for tenth in range(1, 11):
@@ -329,6 +331,19 @@ class Soak:
         finally:
             keeper.close()
         return self.faults
+
+    def _use_whole_cache(self) -> None:
+        """Write to all of a small cache once: memory that is taken as a whole is resident only where it was used."""
+        left = int(self.info["cache_left"]) if self.info else 0
+        if not 0 < left <= MOST_CACHE:
+            return
+        bench = Bench(self.target, self.info, random.Random(self.seed))
+        try:
+            session = bench.session(max_len=left)
+            for at in range(0, left, PIECE):
+                session.step(bench.hidden(min(PIECE, left - at)))
+        finally:
+            bench.close()
 
     def _compare(self, first: Held | None, last: Held | None) -> None:
         if first is None or last is None:
