@@ -382,7 +382,7 @@ def remembers_every_connection() -> None:
     accept = Endpoint.accept
 
     async def heavier(self: Endpoint, transport: Any) -> None:
-        kept.append(os.urandom(1 << 19))
+        kept.append(os.urandom(1 << 21))
         await accept(self, transport)
 
     patch(Endpoint, "accept", heavier)
