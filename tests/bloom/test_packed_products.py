@@ -11,7 +11,7 @@ from torch import nn
 from petalite.bloom.cache import CachePool
 from petalite.bloom.config import BloomConfig
 from petalite.bloom.loading import load_embeddings, load_head, load_span
-from petalite.bloom.packed import PackedInt8, PackedLinear, UnpackedLinear, pack, quicken
+from petalite.bloom.packed import PackedInt8, PackedLinear, UnpackedLinear, _rows_for, pack, quicken
 from petalite.bloom.quantize import Int8Linear, quantize_rows
 from petalite.bloom.span import Part
 from petalite.bloom.synthetic import random_span
@@ -135,3 +135,11 @@ def test_a_packed_span_stays_within_the_bounds_of_a_plain_one(pair, dtype, quant
         outputs.append(span.step_batch(hidden[:, at], parts))
     difference = p.head.ln_f(torch.stack(outputs, dim=1).float()) - expected
     assert (difference.norm(dim=-1) / expected.norm(dim=-1)).max() < bound
+
+
+def test_peers_choose_among_few_numbers_of_rows() -> None:
+    """oneDNN keeps memory for each that it has met."""
+    rows = [_rows_for(count) for count in range(1, 4_097)]
+    assert len(set(rows)) < 60
+    assert all(count <= chosen <= max(4, 1.25 * count) for count, chosen in enumerate(rows, 1))
+    assert rows[:32] == [4, 4, 4, *range(4, 33)]
