@@ -1,48 +1,68 @@
-"""The fast way on CUDA: decode steps of up to 16 rows as captured graphs, the same formulas as `blocks`.
+"""The fast way on CUDA, the same formulas as `blocks`: decode steps of up to 16 rows as captured graphs.
 
-`accelerate` wraps a span where it can, and says why where it cannot; everything but short decode steps goes the plain
-way. Graphs need fixed shapes, so there is one for each of a few batch sizes; rows of different sessions and lengths
-share one, since where each row stands is data.
+`accelerate` wraps a span where it can, and says why where it cannot. Graphs need fixed shapes, so there is one for each
+of a few batch sizes; rows of different sessions and lengths share one, since where each row stands is data. Longer
+steps go block by block, with attention that keeps no scores. `FastEnds` is the client's half: a greedy choice as one
+graph, so that neither logits nor tokens wait for the host.
+
+Hidden states of graphs come from and go to pinned memory of the host; a graph is one call, which nobody waits for
+(`begin_batch`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from petalite.bloom.blocks import Block
+from petalite.bloom.blocks import Block, Embeddings, Head
 from petalite.bloom.cache import CacheFull, CachePool
-from petalite.bloom.span import Part, Span
+from petalite.bloom.quantize import Int8Linear
+from petalite.bloom.span import Finished, Part, Span, Underway, add_prompts, find_prompts
 
 BATCHES = (1, 2, 4, 8, 16)
 _WARM_UP_RUNS = 3
+R = TypeVar("R")
 
 
 @dataclass(slots=True)
 class _Graph:
-    """One captured pass: fill `hidden` (B, C) and `meta` (4, B), replay, read `output` (B, C)."""
+    """One captured pass: fill `given`, replay, read `taken` once `over` has come. All three are pinned."""
 
-    hidden: Tensor
-    meta: Tensor
-    staging: Tensor  # pinned twin of `meta`
-    output: Tensor
+    given: tuple[Tensor, ...]
+    taken: tuple[Tensor, ...]
     graph: Any
+    over: Any
+
+    def replay(self) -> None:
+        self.graph.replay()
+        self.over.record()
+
+
+@dataclass(slots=True)
+class _Replay(Generic[R]):
+    """A graph that was replayed; `take` copies what it has left in `taken`, which the next replay overwrites."""
+
+    graph: _Graph
+    take: Callable[[_Graph], R]
+
+    def done(self) -> bool:
+        return bool(self.graph.over.query())
+
+    def result(self) -> R:
+        self.graph.over.synchronize()
+        return self.take(self.graph)
 
 
 def accelerate(span: Span, pool: CachePool, progress: Callable[[int, int], None] | None = None) -> tuple[Span, str]:
     """`span` or a faster one with the same results, and "" or why it is not faster. Blocking; `progress` by graphs."""
-    if span.device.type != "cuda":
-        return span, "not on a CUDA device"
-    if span.dtype == torch.float32:
-        return span, "float32 goes the plain way"
-    try:
-        from petalite.bloom import kernels
-    except ImportError as error:
-        return span, f"Triton is missing: {error}"
+    kernels, reason = _kernels(span.device, span.dtype)
+    if reason:
+        return span, reason
     fast = FastSpan(span, pool, kernels)
     try:
         fast.warm_up(progress or (lambda done, total: None))
@@ -51,8 +71,56 @@ def accelerate(span: Span, pool: CachePool, progress: Callable[[int, int], None]
     return fast, ""
 
 
+def accelerate_ends(embeddings: Embeddings, head: Head) -> tuple[FastEnds | None, str]:
+    """Embeddings and head as graphs, or None and why not. Blocking."""
+    weight = head.lm_head.weight
+    kernels, reason = _kernels(weight.device, weight.dtype)
+    if reason:
+        return None, reason
+    try:
+        return FastEnds(embeddings, head, kernels), ""
+    except RuntimeError as error:
+        return None, f"graphs cannot be captured: {str(error).splitlines()[0]}"
+
+
+def _kernels(device: torch.device, dtype: torch.dtype) -> tuple[Any, str]:
+    """The module of kernels, and "" or why it is of no use here."""
+    if device.type != "cuda":
+        return None, "not on a CUDA device"
+    if dtype == torch.float32:
+        return None, "float32 goes the plain way"
+    try:
+        from petalite.bloom import kernels
+    except ImportError as error:
+        return None, f"Triton is missing: {error}"
+    return kernels, ""
+
+
+def _capture(
+    device: torch.device, given: Sequence[Tensor], run: Callable[[Sequence[Tensor]], Sequence[Tensor]]
+) -> _Graph:
+    """Capture `run`, from copies of the pinned `given` on the device to results there. Raises RuntimeError."""
+    inputs = [tensor.to(device) for tensor in given]
+    aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    aside.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(aside):
+        for _ in range(_WARM_UP_RUNS):
+            results = run(inputs)
+    torch.cuda.synchronize(device)
+    taken = tuple(torch.empty(result.shape, dtype=result.dtype, pin_memory=True) for result in results)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        for tensor, source in zip(inputs, given, strict=True):
+            tensor.copy_(source, non_blocking=True)
+        for into, result in zip(taken, run(inputs), strict=True):
+            into.copy_(result, non_blocking=True)
+    return _Graph(tuple(given), taken, graph, torch.cuda.Event())  # type: ignore[no-untyped-call]
+
+
 class FastSpan(Span):
     """A span whose decode steps over `pool` are graphs."""
+
+    asynchronous = True
 
     def __init__(self, span: Span, pool: CachePool, kernels: Any) -> None:
         super().__init__(span.config, span.start, span.end, span.layers)
@@ -64,47 +132,63 @@ class FastSpan(Span):
 
     def warm_up(self, progress: Callable[[int, int], None]) -> None:
         """Capture every graph. Raises RuntimeError where CUDA refuses, CacheFull where the pool has no spare slot."""
+        C, device = self.config.hidden_size, self.device
         self._spare = self._pool.reserve(1, 1).offset
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.cuda.device(device):
             for done, batch in enumerate(BATCHES):
                 progress(done, len(BATCHES))
-                self._graphs[batch] = self._capture(batch)
+                hidden = torch.zeros((batch, C), dtype=self.dtype, pin_memory=True)
+                meta = torch.zeros((4, batch), dtype=torch.int64, pin_memory=True)
+                meta[0], meta[1] = self._spare * C, 1
+                self._graphs[batch] = _capture(device, (hidden, meta), lambda given: (self._decode(*given),))
         progress(len(BATCHES), len(BATCHES))
 
-    def _capture(self, batch: int) -> _Graph:
-        C, device = self.config.hidden_size, self.device
-        hidden = torch.zeros((batch, C), dtype=self.dtype, device=device)
-        staging = torch.zeros((4, batch), dtype=torch.int64, pin_memory=True)
-        staging[0], staging[1] = self._spare * C, 1
-        meta = staging.to(device)
-        aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        aside.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(aside):
-            for _ in range(_WARM_UP_RUNS):
-                self._decode(hidden, meta)
-        torch.cuda.current_stream(device).wait_stream(aside)
-        torch.cuda.synchronize(device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            output = self._decode(hidden, meta)
-        return _Graph(hidden, meta, staging, output, graph)
+    def entry_device(self, tokens: int) -> torch.device:
+        """Where hidden states of so many tokens are best handed in: those of a graph on the host."""
+        return torch.device("cpu") if tokens <= BATCHES[-1] else self.device
+
+    def begin_batch(self, inputs: Sequence[Tensor], parts: Sequence[Part]) -> Underway[Tensor]:
+        """As `Span.begin_batch`. Decode steps of up to 16 rows replay a graph; their result is on the host. One batch
+        at a time: its result is taken before the next one begins.
+        """
+        batch = sum(part.rows.batch for part in parts)
+        with torch.cuda.device(self.device):
+            if batch > BATCHES[-1] or not all(map(self._is_decoding, parts)):
+                return Finished(self._step_long(torch.cat([x.to(self.device) for x in inputs]), parts))
+            graph = self._graphs[next(size for size in BATCHES if size >= batch)]
+            graph.over.synchronize()  # what was given to it before is read
+            hidden, meta = graph.given
+            torch.cat([x.cpu() for x in inputs], out=hidden[:batch])
+            meta.copy_(self._places(meta.shape[1], parts))
+            graph.replay()
+        return _Replay(graph, lambda graph: graph.taken[0][:batch].clone())
+
+    def _is_decoding(self, part: Part) -> bool:
+        return part.tokens == 1 and not part.prompted and part.rows.pool is self._pool
 
     def step_batch(self, hidden: Tensor, parts: Sequence[Part]) -> Tensor:
-        """As `Span.step_batch`; decode steps of up to 16 rows replay a graph."""
-        batch = sum(part.rows.batch for part in parts)
-        if batch > BATCHES[-1] or any(
-            part.tokens != 1 or part.prompted or part.rows.pool is not self._pool for part in parts
-        ):
-            return super().step_batch(hidden, parts)
-        graph = self._graphs[next(size for size in BATCHES if size >= batch)]
-        self._point(graph.staging, parts)
-        graph.meta.copy_(graph.staging, non_blocking=True)
-        graph.hidden[:batch].copy_(hidden)
-        graph.graph.replay()
-        return graph.output[:batch].clone()
+        """As `Span.step_batch`."""
+        output: Tensor = self.begin_batch((hidden,), parts).result()
+        return output.to(hidden.device)
 
-    def _point(self, staging: Tensor, parts: Sequence[Part]) -> None:
-        """Where each row of the batch stands; rows beyond it write to the spare slot."""
+    def step_blocks(self, hidden: Tensor, parts: Sequence[Part]) -> Iterator[Tensor]:
+        """As `Span.step_blocks`."""
+        attend = self._attention(hidden, parts)
+        prompts = find_prompts(parts, self.device)
+        for index, layer in enumerate(self.layers):
+            with torch.cuda.device(self.device):
+                hidden = self._long_block(layer, index, add_prompts(hidden, prompts, index), attend)
+            yield hidden
+
+    def _step_long(self, hidden: Tensor, parts: Sequence[Part]) -> Tensor:
+        for output in self.step_blocks(hidden, parts):
+            hidden = output
+        return hidden
+
+    # Decode steps
+
+    def _places(self, batch: int, parts: Sequence[Part]) -> Tensor:
+        """(4, batch): where each row stands, as `kernels.decode_attention` wants it; unused ones at the spare slot."""
         C = self.config.hidden_size
         columns = []
         for part in parts:
@@ -112,9 +196,8 @@ class FastSpan(Span):
             for i in range(part.rows.batch):
                 start = (part.rows.offset + i * part.rows.length) * C
                 columns.append((start, part.rows.length, part.position, part.pad[i] if part.pad else 0))
-        columns += [(self._spare * C, 1, 0, 0)] * (staging.shape[1] - len(columns))
-        torch.cuda.current_stream(self.device).synchronize()  # the last copy out of `staging` is over
-        staging.copy_(torch.tensor(columns, dtype=torch.int64).T)
+        columns += [(self._spare * C, 1, 0, 0)] * (batch - len(columns))
+        return torch.tensor(columns, dtype=torch.int64).T
 
     def _decode(self, hidden: Tensor, meta: Tensor) -> Tensor:
         x = hidden
@@ -125,17 +208,100 @@ class FastSpan(Span):
     def _block(self, block: Block, x: Tensor, arena: Tensor, meta: Tensor) -> Tensor:
         """`Block.forward` for one token a row."""
         attention, mlp, after = block.self_attention, block.mlp, block.post_layernorm_residual
-        product = self._kernels.product
-        normed, norm = self._before(block.input_layernorm, x, after)
-        qkv = product(attention.query_key_value, normed, norm=norm)
+        normed = self._kernels.layer_norm(x, block.input_layernorm)
+        qkv = self._linear(attention.query_key_value, normed)
         seen = self._kernels.decode_attention(qkv, arena, meta, self._cuda_slopes, attention.head_dim)
-        x = product(attention.dense, seen, residual=normed)
-        normed, norm = self._before(block.post_attention_layernorm, x, after)
-        wide = product(mlp.dense_h_to_4h, normed, norm=norm, gelu=True)
-        result: Tensor = product(mlp.dense_4h_to_h, wide, residual=normed)
-        return result
+        x = self._linear(attention.dense, seen, residual=normed if after else x)
+        normed = self._kernels.layer_norm(x, block.post_attention_layernorm)
+        wide = self._linear(mlp.dense_h_to_4h, normed, gelu=True)
+        return self._linear(mlp.dense_4h_to_h, wide, residual=normed if after else x)
 
-    @staticmethod
-    def _before(norm: nn.LayerNorm, x: Tensor, after: bool) -> tuple[Tensor, nn.LayerNorm | None]:
-        """What a product takes and what it is yet to do to it: where the normed values are the residual, nothing."""
-        return (norm(x), None) if after else (x, norm)
+    def _linear(self, layer: nn.Module, x: Tensor, **then: Any) -> Tensor:
+        scale = layer.scale if isinstance(layer, Int8Linear) else None
+        y: Tensor = self._kernels.linear(x, layer.weight, layer.bias, scale=scale, **then)
+        return y
+
+    # Longer ones
+
+    def _attention(self, hidden: Tensor, parts: Sequence[Part]) -> Callable[[Tensor, int], Tensor]:
+        """Checks the parts; the function goes from qkv (N, 3C) of one block to what its heads gathered (N, C)."""
+        for part in parts:
+            self.check_part(part)
+        sizes = [part.rows.batch * part.tokens for part in parts]
+        if hidden.shape[0] != sum(sizes):
+            raise RuntimeError(f"{hidden.shape[0]} tokens do not fill the {len(parts)} parts of the batch")
+        pads = [
+            torch.tensor(part.pad, dtype=torch.int32, device=self.device) if part.pad and any(part.pad) else None
+            for part in parts
+        ]
+
+        def attend(qkv: Tensor, index: int) -> Tensor:
+            pieces = zip(torch.split(qkv, sizes), parts, pads, strict=True)
+            seen = [self._attend_part(piece, part, pad, index) for piece, part, pad in pieces]
+            return seen[0] if len(seen) == 1 else torch.cat(seen)
+
+        return attend
+
+    def _attend_part(self, qkv: Tensor, part: Part, pad: Tensor | None, index: int) -> Tensor:
+        rows, T = part.rows, part.tokens
+        H, d = self.config.n_head, self.config.head_dim
+        new = qkv.view(rows.batch, T, H, 3, d).narrow(3, 1, 2).permute(3, 0, 2, 1, 4)
+        rows.views[index].narrow(3, part.position, T).copy_(new)
+        arena = rows.pool.arenas[rows.blocks][index]
+        seen: Tensor = self._kernels.prefill_attention(
+            qkv, arena, rows.offset, rows.length, part.position, rows.batch, self._cuda_slopes, pad
+        )
+        return seen
+
+    def _long_block(self, block: Block, index: int, x: Tensor, attend: Callable[[Tensor, int], Tensor]) -> Tensor:
+        """`Block.forward` with other attention."""
+        attention, after = block.self_attention, block.post_layernorm_residual
+        normed = block.input_layernorm(x)
+        x = attention.dense(attend(attention.query_key_value(normed), index)).add_(normed if after else x)
+        normed = block.post_attention_layernorm(x)
+        y: Tensor = block.mlp(normed).add_(normed if after else x)
+        return y
+
+
+class FastEnds:
+    """The client's half of a greedy step as graphs: hidden states in, the next tokens and their embeddings out."""
+
+    def __init__(self, embeddings: Embeddings, head: Head, kernels: Any) -> None:
+        weight = head.lm_head.weight
+        self._device = weight.device
+
+        def choose(given: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+            normed = kernels.layer_norm(given[0], head.ln_f)
+            tokens = kernels.linear(normed, weight).argmax(dim=-1)
+            embedded = F.embedding(tokens, embeddings.word_embeddings.weight)
+            return tokens, kernels.layer_norm(embedded, embeddings.word_embeddings_layernorm)
+
+        with torch.inference_mode(), torch.cuda.device(self._device):
+            self._graphs = {
+                batch: _capture(
+                    self._device,
+                    (torch.zeros((batch, weight.shape[1]), dtype=weight.dtype, pin_memory=True),),
+                    choose,
+                )
+                for batch in BATCHES
+            }
+
+    def begin(self, hidden: Tensor) -> Underway[tuple[list[int], Tensor]] | None:
+        """hidden (B, C) of one position, on the host -> B tokens, their embeddings (B, 1, C); None for too many rows.
+
+        One call at a time: its result is taken before the next one begins.
+        """
+        batch = hidden.shape[0]
+        graph = next((self._graphs[size] for size in BATCHES if size >= batch), None)
+        if graph is None:
+            return None
+        graph.over.synchronize()
+        with torch.inference_mode(), torch.cuda.device(self._device):
+            graph.given[0][:batch].copy_(hidden)
+            graph.replay()
+
+        def take(graph: _Graph) -> tuple[list[int], Tensor]:
+            tokens, embedded = graph.taken
+            return tokens[:batch].tolist(), embedded[:batch, None].clone()
+
+        return _Replay(graph, take)

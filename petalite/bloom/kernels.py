@@ -1,8 +1,7 @@
-"""Kernels for CUDA where torch's own means stop: the products of decode steps, and their attention.
+"""Kernels for CUDA where torch's own means stop: products of a few rows, norms between them, attention over the cache.
 
-A decode step reads every weight once and does little else, so its floor is the memory's bandwidth; what stands around
-the products (norms, activation, residual) rides along in them. Importing this module needs Triton. The plain twins are
-the modules of `blocks` and `quantize`, which `tools/bench gpu --check` and the tests hold these to.
+Importing this module needs Triton. Their plain twins are the modules of `blocks` and `quantize`, which the tests hold
+them to.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
@@ -13,16 +12,13 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor, nn
-
-from petalite.bloom.quantize import Int8Linear
+from torch import Tensor
 
 # A product of up to 16 rows is one tile of the matrix units; what it costs is reading the weights once.
 MAX_ROWS = 16
-# Attention of one row and head is shared by so many programs: one alone would wait for one piece of the past after
-# the other.
-SPLITS = 8
-_PAST = 64  # positions that such a program looks at in one go
+# Programs that attention is cut into, where there are that many keys: enough to fill the chip.
+_PROGRAMS = 512
+_MOST_SPLITS = 16
 
 
 def _tilings() -> list[Any]:
@@ -32,8 +28,7 @@ def _tilings() -> list[Any]:
         for bn, bk, warps, stages in (
             (16, 256, 4, 5),
             (16, 512, 4, 4),
-            (16, 1024, 8, 3),
-            (32, 128, 4, 5),
+            (32, 128, 4, 6),
             (32, 256, 4, 4),
             (64, 128, 4, 4),
             (64, 256, 8, 3),
@@ -42,122 +37,117 @@ def _tilings() -> list[Any]:
     ]
 
 
+@triton.autotune(configs=_tilings(), key=["N", "K", "INT8"])
 @triton.jit
-def _gelu(x):
-    """The tanh form, as x * sigmoid(2 z)."""
-    z = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-    return x / (1.0 + tl.exp(-2.0 * z))
-
-
-@triton.autotune(configs=_tilings(), key=["N", "K", "NORM", "SCALED"])
-@triton.jit
-def _product(
-    x, weight, scale, bias, residual, norm_weight, norm_bias, y, M, N, K, eps,
-    BM: tl.constexpr, NORM: tl.constexpr, SCALED: tl.constexpr, GELU: tl.constexpr, ADD: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr,
+def _linear(
+    x, weight, scale, bias, residual, y, M, N, K,
+    INT8: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr, RESIDUAL: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """y (M, N) = act(norm(x (M, K)) @ weight (N, K)^T * scale (N) + bias (N)) + residual (M, N), with M <= BM.
-
-    Each of the four extras is there or not; whatever the plain way rounds to the activations' type is rounded here.
-    """
+    """y (M, N) = act(x (M, K) @ weight (N, K)^T * scale (N) + bias (N)) + residual (M, N); M <= BM."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.arange(0, BM)
     k = tl.arange(0, BK)
-    there = m[:, None] < M
-    kind = x.dtype.element_ty
-    mean = tl.zeros((BM,), tl.float32)
-    spread = tl.zeros((BM,), tl.float32)
-    if NORM:
-        for start in range(0, K, BK):
-            at = start + k
-            part = tl.load(x + m[:, None] * K + at[None, :], mask=there & (at[None, :] < K), other=0.0)
-            mean += tl.sum(part.to(tl.float32), axis=1)
-        mean = mean / K
-        for start in range(0, K, BK):
-            at = start + k
-            part = tl.load(x + m[:, None] * K + at[None, :], mask=there & (at[None, :] < K), other=0.0)
-            off = tl.where(at[None, :] < K, part.to(tl.float32) - mean[:, None], 0.0)
-            spread += tl.sum(off * off, axis=1)
-        spread = tl.rsqrt(spread / K + eps)
     rows = n.to(tl.int64)[:, None] * K
     total = tl.zeros((BM, BN), tl.float32)
     for start in range(0, K, BK):
-        at = start + k
+        at_k = start + k
+        left = tl.load(x + m[:, None] * K + at_k[None, :], mask=(m[:, None] < M) & (at_k[None, :] < K), other=0.0)
         right = tl.load(
-            weight + rows + at[None, :],
-            mask=(n[:, None] < N) & (at[None, :] < K),
+            weight + rows + at_k[None, :],
+            mask=(n[:, None] < N) & (at_k[None, :] < K),
             other=0,
             eviction_policy="evict_first",
         )
-        left = tl.load(x + m[:, None] * K + at[None, :], mask=there & (at[None, :] < K), other=0.0)
-        if NORM:
-            gain = tl.load(norm_weight + at, mask=at < K, other=0.0).to(tl.float32)
-            shift = tl.load(norm_bias + at, mask=at < K, other=0.0).to(tl.float32)
-            normed = (left.to(tl.float32) - mean[:, None]) * spread[:, None]
-            left = (normed * gain[None, :] + shift[None, :]).to(kind)
-        total += tl.dot(left, tl.trans(right.to(kind)))
+        total += tl.dot(left, tl.trans(right.to(left.dtype)))
     inside = n < N
-    if SCALED:
+    if INT8:
         total = total * tl.load(scale + n, mask=inside, other=0.0)[None, :]
-    total += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)[None, :]
-    target = m[:, None] * N + n[None, :]
-    mask = there & inside[None, :]
-    if GELU:
-        total = _gelu(total.to(kind).to(tl.float32))
-    if ADD:
-        total = total.to(kind).to(tl.float32) + tl.load(residual + target, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y + target, total.to(kind), mask=mask)
+    if BIAS:
+        total += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if GELU:  # the tanh form; tanh(u) = 2 sigmoid(2 u) - 1
+        inner = 0.7978845608028654 * (total + 0.044715 * total * total * total)
+        total = total * tl.sigmoid(2.0 * inner)
+    to = m[:, None] * N + n[None, :]
+    mask = (m[:, None] < M) & inside[None, :]
+    if RESIDUAL:
+        total += tl.load(residual + to, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y + to, total.to(y.dtype.element_ty), mask=mask)
 
 
-def product(
-    layer: nn.Module,
+def linear(
     x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
     *,
-    norm: nn.LayerNorm | None = None,
+    scale: Tensor | None = None,
     gelu: bool = False,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """`layer` (nn.Linear or Int8Linear) of x (M <= 16, K) -> (M, N), x through `norm` before it, then GELU, then
-    `residual` (M, N) added, where asked for. Int8 weights are read as int8.
+    """x (M <= 16, K), weight (N, K) of x's dtype, or int8 with scale float32 (N,); bias (N,) -> (M, N).
+
+    Then GELU in its tanh form, then `residual` (M, N) on top. Sums are in float32 and rounded once, at the end.
     """
-    weight: Any = layer.weight
-    bias: Any = layer.bias
     M, K = x.shape
     N = weight.shape[0]
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    scale = layer.scale if isinstance(layer, Int8Linear) else bias
-    _product[lambda meta: (triton.cdiv(N, meta["BN"]),)](
-        x, weight, scale, bias, x if residual is None else residual,
-        bias if norm is None else norm.weight, bias if norm is None else norm.bias, y,
-        M, N, K, 0.0 if norm is None else norm.eps,
-        BM=MAX_ROWS, NORM=norm is not None, SCALED=isinstance(layer, Int8Linear), GELU=gelu, ADD=residual is not None,
+    _linear[lambda meta: (triton.cdiv(N, meta["BN"]),)](
+        x, weight, y if scale is None else scale, y if bias is None else bias, y if residual is None else residual, y,
+        M, N, K, INT8=scale is not None, BIAS=bias is not None, GELU=gelu, RESIDUAL=residual is not None,
+        BM=MAX_ROWS,
     )  # fmt: skip
     return y
 
 
 @triton.jit
-def _attend(
-    qkv, keys, values, base, length, position, first, slopes, sums, peaks, weights, scale, H,
-    D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, SHARES: tl.constexpr,
+def _layer_norm(x, weight, bias, y, C, eps, BC: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, BC)
+    inside = c < C
+    w = tl.load(weight + c, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(x + row * C + c, mask=inside, other=0.0).to(tl.float32)
+    mean = tl.sum(value, axis=0) / C
+    apart = tl.where(inside, value - mean, 0.0)
+    spread = tl.sum(apart * apart, axis=0) / C
+    tl.store(y + row * C + c, (apart * tl.rsqrt(spread + eps) * w + b).to(y.dtype.element_ty), mask=inside)
+
+
+def layer_norm(x: Tensor, norm: torch.nn.LayerNorm) -> Tensor:
+    """`norm` of x (M, C)."""
+    M, C = x.shape
+    y = torch.empty_like(x)
+    width = triton.next_power_of_2(C)
+    _layer_norm[(M,)](
+        x, norm.weight, norm.bias, y, C, norm.eps, BC=width,
+        num_warps=min(16, max(4, width // 512)),
+    )  # fmt: skip
+    return y
+
+
+@triton.jit
+def _decode_attention(
+    qkv, keys, values, base, length, position, first, slopes, parts, scale, H,
+    D: tl.constexpr, BD: tl.constexpr, ALIGN: tl.constexpr, BS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """One program a row, head and share of the past. The first share also writes the new key and value and sees them;
-    all see what lies from `first` on before the new position.
+    """One program a row, head and split of the keys. The first writes the new key and value, and attends to them too.
+
+    A part is D sums, then their largest score, then their weight: what `_merge` makes one of.
     """
     row = tl.program_id(0)
     head = tl.program_id(1)
-    share = tl.program_id(2)
+    split = tl.program_id(2)
     d = tl.arange(0, BD)
     inside = d < D
     source = qkv + (row * H + head) * 3 * D + d
     q = tl.load(source, mask=inside, other=0.0).to(tl.float32) * scale
     p = tl.load(position + row)
-    begin = tl.load(base + row) + head * tl.load(length + row) * D
-    slope = tl.load(slopes + head)
-    start = tl.load(first + row)
+    # A multiple of D, as the arena holds nothing but heads: without knowing, loads are of single numbers.
+    begin = tl.multiple_of(tl.load(base + row) + head * tl.load(length + row) * D, ALIGN)
     most = float("-inf")
     weight = 0.0
     gathered = tl.zeros((BD,), tl.float32)
-    if share == 0:
+    if split == 0:
         k = tl.load(source + D, mask=inside, other=0.0)
         v = tl.load(source + 2 * D, mask=inside, other=0.0)
         tl.store(keys + begin + p * D + d, k, mask=inside)
@@ -165,41 +155,46 @@ def _attend(
         most = tl.sum(q * k.to(tl.float32), axis=0)  # its own key has distance 0, so no bias
         weight = 1.0
         gathered = v.to(tl.float32)
-    chunk = tl.cdiv(tl.cdiv(p - start, SHARES), BS) * BS
-    low = start + share * chunk
-    high = tl.minimum(low + chunk, p)
-    for begin_s in range(low, high, BS):
+    slope = tl.load(slopes + head)
+    start = tl.load(first + row)
+    share_of = tl.cdiv(tl.cdiv(tl.maximum(p - start, 0), SPLITS), BS) * BS
+    start += split * share_of
+    end = tl.minimum(start + share_of, p)
+    for begin_s in range(start, end, BS):
         s = begin_s + tl.arange(0, BS)
-        known = s < high
+        known = s < end
         at = begin + s[:, None] * D + d[None, :]
         mask = known[:, None] & inside[None, :]
         seen = tl.load(keys + at, mask=mask, other=0.0).to(tl.float32)
-        past = tl.load(values + at, mask=mask, other=0.0).to(tl.float32)
         score = tl.sum(seen * q[None, :], axis=1) + slope * (s - p).to(tl.float32)
         score = tl.where(known, score, float("-inf"))
         higher = tl.maximum(most, tl.max(score, axis=0))
         fade = tl.exp(most - higher)
-        portion = tl.exp(score - higher)
-        gathered = gathered * fade + tl.sum(portion[:, None] * past, axis=0)
-        weight = weight * fade + tl.sum(portion, axis=0)
+        share = tl.exp(score - higher)
+        seen = tl.load(values + at, mask=mask, other=0.0).to(tl.float32)
+        gathered = gathered * fade + tl.sum(share[:, None] * seen, axis=0)
+        weight = weight * fade + tl.sum(share, axis=0)
         most = higher
-    slot = (row * H + head) * SHARES + share
-    tl.store(sums + slot * BD + d, gathered)
-    tl.store(peaks + slot, most)
-    tl.store(weights + slot, weight)
+    part = parts + ((row * H + head) * SPLITS + split) * (D + 2)
+    tl.store(part + d, gathered, mask=inside)
+    tl.store(part + D, most)
+    tl.store(part + D + 1, weight)
 
 
 @triton.jit
-def _gather(sums, peaks, weights, out, H, D: tl.constexpr, BD: tl.constexpr, SHARES: tl.constexpr):
-    """One program a row and head: the shares' sums, each weighted by how much its peak counts."""
-    slot = (tl.program_id(0) * H + tl.program_id(1)) * SHARES + tl.arange(0, SHARES)
+def _merge(parts, out, H, D: tl.constexpr, BD: tl.constexpr, SPLITS: tl.constexpr):
+    """One program a row and head: the parts of its splits -> what it gathered."""
+    row = tl.program_id(0)
+    head = tl.program_id(1)
     d = tl.arange(0, BD)
-    peak = tl.load(peaks + slot)
-    counts = tl.exp(peak - tl.max(peak, axis=0))  # 0 for a share that saw nothing
-    total = tl.sum(tl.load(weights + slot) * counts, axis=0)
-    gathered = tl.sum(tl.load(sums + slot[:, None] * BD + d[None, :]) * counts[:, None], axis=0)
-    target = out + (tl.program_id(0) * H + tl.program_id(1)) * D + d
-    tl.store(target, (gathered / total).to(out.dtype.element_ty), mask=d < D)
+    inside = d < D
+    part = parts + ((row * H + head) * SPLITS + tl.arange(0, SPLITS)) * (D + 2)
+    most = tl.load(part + D)
+    fade = tl.exp(most - tl.max(most, axis=0))  # 0 for a split without keys
+    weight = tl.sum(tl.load(part + D + 1) * fade, axis=0)
+    gathered = tl.load(part[:, None] + d[None, :], mask=inside[None, :], other=0.0)
+    result = tl.sum(gathered * fade[:, None], axis=0) / weight
+    tl.store(out + (row * H + head) * D + d, result.to(out.dtype.element_ty), mask=inside)
 
 
 def decode_attention(qkv: Tensor, arena: Tensor, meta: Tensor, slopes: Tensor, head_dim: int) -> Tensor:
@@ -209,14 +204,86 @@ def decode_attention(qkv: Tensor, arena: Tensor, meta: Tensor, slopes: Tensor, h
     each row its first element in the arena, its length in slots, its position, its left padding. slopes (H,) float32.
     Returns (B, C); the new keys and values are in the arena then.
     """
-    B, H = qkv.shape[0], slopes.shape[0]
-    width = triton.next_power_of_2(head_dim)
+    B = qkv.shape[0]
+    H = slopes.shape[0]
+    splits = min(_MOST_SPLITS, 1 << (max(1, _PROGRAMS // (B * H)).bit_length() - 1))
+    parts = torch.empty(B * H * splits * (head_dim + 2), dtype=torch.float32, device=qkv.device)
     out = torch.empty((B, H * head_dim), dtype=qkv.dtype, device=qkv.device)
-    sums = torch.empty((B, H, SPLITS, width), dtype=torch.float32, device=qkv.device)
-    peaks, weights = torch.empty((2, B, H, SPLITS), dtype=torch.float32, device=qkv.device)
-    _attend[(B, H, SPLITS)](
-        qkv, arena[0], arena[1], meta[0], meta[1], meta[2], meta[3], slopes, sums, peaks, weights, head_dim**-0.5, H,
-        D=head_dim, BD=width, BS=_PAST, SHARES=SPLITS, num_warps=4, num_stages=2,
+    width = triton.next_power_of_2(head_dim)
+    _decode_attention[(B, H, splits)](
+        qkv, arena[0], arena[1], meta[0], meta[1], meta[2], meta[3], slopes, parts, head_dim**-0.5, H,
+        D=head_dim, BD=width, ALIGN=head_dim & -head_dim, BS=64, SPLITS=splits,
+        num_warps=4, num_stages=2,
     )  # fmt: skip
-    _gather[(B, H)](sums, peaks, weights, out, H, D=head_dim, BD=width, SHARES=SPLITS, num_warps=1)
+    _merge[(B, H)](parts, out, H, D=head_dim, BD=width, SPLITS=splits, num_warps=4)
+    return out
+
+
+# Numbers that differ from call to call: a kernel for each kind of them would be compiled while a client waits.
+@triton.jit(do_not_specialize=["slot", "length", "position", "T"])
+def _prefill_attention(
+    qkv, keys, values, pad, slopes, out, slot, length, position, T, H, scale,
+    D: tl.constexpr, BD: tl.constexpr, ALIGN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """One program a row, head and BM queries; the new keys are in the cache already. Flash attention (Dao 2023)."""
+    # The last queries look at most keys: they go first.
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    head = tl.program_id(1)
+    row = tl.program_id(2)
+    d = tl.arange(0, BD)
+    inside = d < D
+    m = block * BM + tl.arange(0, BM)
+    source = qkv + ((row * T + m).to(tl.int64)[:, None] * H + head) * 3 * D + d[None, :]
+    q = tl.load(source, mask=(m < T)[:, None] & inside[None, :], other=0.0)
+    p = position + m
+    begin = tl.multiple_of(((slot + row * length).to(tl.int64) * H + head * length) * D, ALIGN)
+    slope = tl.load(slopes + head)
+    first = 0
+    if PADDED:
+        first = tl.load(pad + row)
+    most = tl.full((BM,), float("-inf"), tl.float32)
+    weight = tl.zeros((BM,), tl.float32)
+    gathered = tl.zeros((BM, BD), tl.float32)
+    end = position + tl.minimum((block + 1) * BM, T)
+    for begin_s in range(0, end, BN):
+        s = begin_s + tl.arange(0, BN)
+        at = begin + s[:, None] * D + d[None, :]
+        mask = (s < end)[:, None] & inside[None, :]
+        seen = tl.load(keys + at, mask=mask, other=0.0)
+        score = tl.dot(q, tl.trans(seen)) * scale + slope * (s[None, :] - p[:, None]).to(tl.float32)
+        visible = s[None, :] <= p[:, None]
+        if PADDED:  # a token always sees itself, even one that nobody looks at
+            visible = visible & ((s[None, :] >= first) | (s[None, :] == p[:, None]))
+        score = tl.where(visible, score, float("-inf"))
+        higher = tl.maximum(most, tl.max(score, axis=1))
+        level = tl.where(higher == float("-inf"), 0.0, higher)
+        fade = tl.exp(most - level)
+        share = tl.exp(score - level[:, None])
+        seen = tl.load(values + at, mask=mask, other=0.0)
+        gathered = tl.dot(share.to(seen.dtype), seen, gathered * fade[:, None])
+        weight = weight * fade + tl.sum(share, axis=1)
+        most = higher
+    weight = tl.where(weight > 0.0, weight, 1.0)  # queries behind the last
+    to = out + ((row * T + m).to(tl.int64)[:, None] * H + head) * D + d[None, :]
+    tl.store(to, (gathered / weight[:, None]).to(out.dtype.element_ty), mask=(m < T)[:, None] & inside[None, :])
+
+
+def prefill_attention(
+    qkv: Tensor, arena: Tensor, slot: int, length: int, position: int, batch: int, slopes: Tensor, pad: Tensor | None
+) -> Tensor:
+    """Attention of T new tokens in each of `batch` rows, which are in the cache at `position` already.
+
+    qkv (batch * T, 3C), fused as (H, 3, d). arena (2, slots * C); `slot`: where the first row begins in it; rows
+    are `length` slots long. pad (batch,) int32: left padding, or None. slopes (H,) float32. Returns (batch * T, C).
+    """
+    H = slopes.shape[0]
+    T = qkv.shape[0] // batch
+    C = qkv.shape[1] // 3
+    D = C // H
+    out = torch.empty((batch * T, C), dtype=qkv.dtype, device=qkv.device)
+    _prefill_attention[(triton.cdiv(T, 64), H, batch)](
+        qkv, arena[0], arena[1], slopes if pad is None else pad, slopes, out, slot, length, position, T, H,
+        D**-0.5, D=D, BD=triton.next_power_of_2(D), ALIGN=D & -D, BM=64, BN=64, PADDED=pad is not None,
+        num_warps=4, num_stages=3,
+    )  # fmt: skip
     return out

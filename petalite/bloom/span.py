@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,11 +35,40 @@ class Part:
         return self.prompts is not None and self.position < max(self.pad or (0,)) + self.prompts.shape[1]
 
 
+R_co = TypeVar("R_co", covariant=True)
+
+
+class Underway(Protocol[R_co]):
+    """What a device may still be working on."""
+
+    def done(self) -> bool:
+        """Whether `result` would return at once."""
+
+    def result(self) -> R_co:
+        """Wait for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """An `Underway` that is not."""
+
+    value: Tensor
+
+    def done(self) -> bool:
+        return True
+
+    def result(self) -> Tensor:
+        return self.value
+
+
 class Span(nn.Module):
     """Blocks [start, end). Call it under `torch.inference_mode()`, except to differentiate through `forward`.
 
     Hidden states at padded positions are finite and otherwise meaningless.
     """
+
+    asynchronous = False
+    """Whether `begin_batch` leaves short steps to a device and returns."""
 
     def __init__(self, config: BloomConfig, start: int, end: int, blocks: Sequence[Block]) -> None:
         super().__init__()
@@ -83,17 +113,25 @@ class Span(nn.Module):
         Matrix products see all N tokens at once, whatever the parts' lengths and positions; attention goes by parts.
         """
         windows = self._windows(hidden, parts)
-        prompts = _find_prompts(parts, hidden.device)
+        prompts = find_prompts(parts, hidden.device)
         for index, layer in enumerate(self._layers):
-            hidden = layer(_add_prompts(hidden, prompts, index), windows, index)
+            hidden = layer(add_prompts(hidden, prompts, index), windows, index)
         return hidden
+
+    def begin_batch(self, inputs: Sequence[Tensor], parts: Sequence[Part]) -> Underway[Tensor]:
+        """`step_batch` of `inputs` (N_i, C), one after the other, perhaps without waiting for it."""
+        return Finished(self.step_batch(inputs[0] if len(inputs) == 1 else torch.cat(list(inputs)), parts))
+
+    def entry_device(self, tokens: int) -> torch.device:
+        """Where hidden states of so many tokens are best handed in."""
+        return self.device
 
     def step_blocks(self, hidden: Tensor, parts: Sequence[Part]) -> Iterator[Tensor]:
         """`step_batch` block by block: yields (N, C) after each, so that a long prefill can let others in between."""
         windows = self._windows(hidden, parts)
-        prompts = _find_prompts(parts, hidden.device)
+        prompts = find_prompts(parts, hidden.device)
         for index, layer in enumerate(self._layers):
-            hidden = layer(_add_prompts(hidden, prompts, index), windows, index)
+            hidden = layer(add_prompts(hidden, prompts, index), windows, index)
             yield hidden
 
     @property
@@ -187,11 +225,12 @@ class Span(nn.Module):
         return self._alibi[:, :, known - S :]
 
 
-_Prompts = list[tuple[Tensor, Tensor, Tensor]]
+Prompts = list[tuple[Tensor, Tensor, Tensor]]
 """Of each part that has them: which tokens of the batch (K,), what position of the prompts each has (K,), and those."""
 
 
-def _find_prompts(parts: Sequence[Part], device: torch.device) -> _Prompts:
+def find_prompts(parts: Sequence[Part], device: torch.device) -> Prompts:
+    """The prompts that reach into the new tokens of `parts`."""
     found, first = [], 0
     for part in parts:
         B, T = part.rows.batch, part.tokens
@@ -204,8 +243,8 @@ def _find_prompts(parts: Sequence[Part], device: torch.device) -> _Prompts:
     return found
 
 
-def _add_prompts(hidden: Tensor, prompts: _Prompts, index: int) -> Tensor:
-    """hidden (N, C), not changed in place: it may be what a request's body holds."""
+def add_prompts(hidden: Tensor, prompts: Prompts, index: int) -> Tensor:
+    """What enters block `index` of the span: hidden (N, C), which is not changed, and the prompts."""
     for tokens, places, values in prompts:
         hidden = hidden.index_add(0, tokens, values[index, places].to(hidden.dtype))
     return hidden

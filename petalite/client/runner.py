@@ -7,6 +7,8 @@ from typing import Protocol, TypeVar
 
 import trio
 
+from petalite.bloom.span import Underway
+
 T = TypeVar("T")
 
 
@@ -25,3 +27,10 @@ async def run_inline(function: Callable[[], T], /) -> T:
     """For tests under a mock clock, where a thread would let virtual time run away."""
     await trio.lowlevel.checkpoint()
     return function()
+
+
+async def finished(underway: Underway[T]) -> T:
+    """Its result, others first. It looks again and again, as the device's own wait would in a thread of its own."""
+    while not underway.done():
+        await trio.lowlevel.checkpoint()
+    return underway.result()

@@ -17,7 +17,7 @@ import trio
 from torch import Tensor
 
 from petalite.bloom.cache import Rows
-from petalite.bloom.span import Part, Span
+from petalite.bloom.span import Part, Span, Underway
 from petalite.errors import ErrorCode, RequestError
 from petalite.server.scheduler import Batch, Job, Scheduler
 
@@ -136,13 +136,28 @@ class Executor:
         return self._scheduler.urgent
 
     async def _run_batch(self, batch: Batch) -> None:
-        alone = len(batch.jobs) == 1 and not (batch.long or batch.training)
-        if self._here is None or not alone or not 0 < self._scheduler.short_seconds <= BRIEF_SECONDS:
+        if self._here is None or batch.long or batch.training:
+            await self._run_in_worker(batch)
+            return
+        if batch.jobs[0].work.span.asynchronous:
+            await self._run_on_device(batch, self._here)
+            return
+        if len(batch.jobs) > 1 or not 0 < self._scheduler.short_seconds <= BRIEF_SECONDS:
             await self._run_in_worker(batch)
             return
         self._here(lambda: compute(batch, _never))
         if len(self._scheduler):
             await trio.lowlevel.checkpoint()  # others first; where nothing waits, `run` itself will
+
+    async def _run_on_device(self, batch: Batch, here: Callable[[Callable[[], None]], None]) -> None:
+        """The loop's thread hands the batch to the device, and looks until it is through, others first: what the
+        device's own wait does in a thread of its own, without a thread to wake.
+        """
+        device = DeviceBatch(batch)
+        here(device.begin)
+        while not device.done():
+            await trio.lowlevel.checkpoint()
+        here(device.end)
 
     async def _run_in_worker(self, batch: Batch) -> None:
         """Cancelled, give it the time of a block or a step to come back: an interpreter that ends while
@@ -190,9 +205,43 @@ def compute(batch: Batch, urgent: Callable[[], bool]) -> None:
                 _guard(job, lambda job: _run_long(job, urgent))
         else:
             _run_short(ready)
-        for job in ready:
-            if job.error is None and job.done >= job.tokens:
-                _guard(job, _finish)
+        _finish_all(ready)
+
+
+class DeviceBatch:
+    """`compute` of short steps in two halves, between which a device works: `begin`, and once it is `done`, `end`."""
+
+    def __init__(self, batch: Batch) -> None:
+        self._batch = batch
+        self._ready: list[Job] = []
+        self._underway: Underway[Tensor] | None = None
+
+    def begin(self) -> None:
+        """Decode the inputs and hand them over."""
+        with torch.inference_mode():
+            self._ready = [job for job in self._batch.jobs if not job.abandoned and _guard(job, _prepare)]
+            if not self._ready:
+                return
+            try:
+                self._underway = _begin_whole(self._ready)
+            except Exception as error:  # as in `_run_short`: each alone
+                log.warning("a batch of %d steps failed, running them one by one", len(self._ready), exc_info=error)
+                _run_short(self._ready)
+
+    def done(self) -> bool:
+        return self._underway is None or self._underway.done()
+
+    def end(self) -> None:
+        """Take the results; as with `compute`, they or errors end up in the jobs."""
+        with torch.inference_mode():
+            underway = self._underway
+            if underway is not None:
+                try:
+                    _take_whole(self._ready, underway.result())
+                except Exception as error:
+                    log.warning("a batch of %d steps failed on the device", len(self._ready), exc_info=error)
+                    _run_short(self._ready)
+            _finish_all(self._ready)
 
 
 def _guard(job: Job, action: Callable[[Job], None]) -> bool:
@@ -235,10 +284,16 @@ def _run_short(jobs: Sequence[Job]) -> None:
 
 
 def _run_whole(jobs: Sequence[Job]) -> None:
-    inputs = [_flat(job.work.hidden) for job in jobs]
+    _take_whole(jobs, _begin_whole(jobs).result())
+
+
+def _begin_whole(jobs: Sequence[Job]) -> Underway[Tensor]:
     span: Span = jobs[0].work.span
-    output = span.step_batch(inputs[0] if len(jobs) == 1 else torch.cat(inputs), [_part(job) for job in jobs])
-    for job, result in zip(jobs, torch.split(output, [part.shape[0] for part in inputs]), strict=True):
+    return span.begin_batch([_flat(job.work.hidden) for job in jobs], [_part(job) for job in jobs])
+
+
+def _take_whole(jobs: Sequence[Job], output: Tensor) -> None:
+    for job, result in zip(jobs, torch.split(output, [job.size for job in jobs]), strict=True):
         job.work.outputs.append(result.view(job.work.hidden.shape))
         job.done = job.tokens
 
@@ -283,6 +338,12 @@ def _flat(hidden: Tensor) -> Tensor:
 def _part(job: Job) -> Part:
     work: StepWork = job.work
     return Part(work.rows, job.piece or job.tokens, work.position + job.done, work.pad, work.prompts)
+
+
+def _finish_all(jobs: Sequence[Job]) -> None:
+    for job in jobs:
+        if job.error is None and job.done >= job.tokens:
+            _guard(job, _finish)
 
 
 def _finish(job: Job) -> None:

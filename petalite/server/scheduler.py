@@ -31,6 +31,9 @@ TRAINING_PAUSE = 3.8
 TRAINING_CREDIT_SECONDS = 0.1
 # It does not pause, but fills every gap, where a block of it takes no more than this part of a short step's time.
 TRAINING_BRIEF = 0.2
+# A batch on a device costs about the same however many share it: one waits for those who shared the last one, for up to
+# this part of what a batch takes. Where somebody stays away it is smaller next time, and nobody waits for him again.
+GATHER_SHARE = 0.5
 # A clock that stands still (tests) must not make a token cost nothing.
 LEAST_SECONDS = 1e-9
 
@@ -44,7 +47,7 @@ class Job:
     and when it has left the executor, whether finished, failed, or dropped.
 
     `done` tokens are through all blocks, the next `piece` ones through `at_block` of them. A `training` job is neither
-    short nor long, and says itself when it is done.
+    short nor long, and says itself when it is done. `gathers`: worth waiting for others to share its batch.
     """
 
     owner: Hashable
@@ -58,6 +61,7 @@ class Job:
     prepare: Callable[[], Any] = lambda: None
     finish: Callable[[Any], Any] = lambda result: result
     training: bool = False
+    gathers: bool = False
     done: int = 0
     piece: int = 0
     at_block: int = 0
@@ -116,6 +120,8 @@ class Scheduler:
         self._load: Counter[Hashable] = Counter()
         self._block_cost = BlockCost()
         self._short_at = float("-inf")
+        self._shared = 0  # jobs in the last batch of short steps
+        self._gathered_at: float | None = None  # when the next one begins, whoever has come
         self.short_seconds = 0.0
         """What a batch of short steps takes, on a running average; 0 before the first."""
 
@@ -180,15 +186,32 @@ class Scheduler:
         if self._short or long_waits:
             self._busy_at = now
         if self._short and not (long_waits and self._owed <= 0):
+            if not long_waits and self._gathering(now):
+                return None
             self._short_at = now
-            return self._short_batch()
+            batch = self._short_batch()
+            self._shared = len(batch.jobs)
+            return batch
         if not self._short:
             self._owed = 0.0
+            self._gathered_at = None
         return self._long_piece(now) if long_waits else None
 
     def wake_at(self) -> float:
-        """When to call `next_batch` again though nothing has come: training waits for its share."""
-        return self._due_at() if self._trains else float("inf")
+        """When to call `next_batch` again though nothing has come: training waits for its share, a batch for others."""
+        gathered_at = float("inf") if self._gathered_at is None else self._gathered_at
+        return min(gathered_at, self._due_at() if self._trains else float("inf"))
+
+    def _gathering(self, now: float) -> bool:
+        """Whether others are likely to come for the batch of short steps that is due."""
+        waiting = [job for queue in self._short.values() for job in queue]
+        if len(waiting) < self._shared and waiting[0].gathers:
+            if self._gathered_at is None:
+                self._gathered_at = now + GATHER_SHARE * self.short_seconds
+            if now < self._gathered_at:
+                return True
+        self._gathered_at = None
+        return False
 
     @property
     def _trains(self) -> bool:

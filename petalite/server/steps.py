@@ -130,7 +130,10 @@ class Steps:
             batch=batch,
             tokens=tokens,
             blocks=span.end - span.start,
-            prepare=lambda: bridge.from_wire(step.tensors[0], running.body, span.device, span.dtype),
+            gathers=span.asynchronous,
+            prepare=lambda: bridge.from_wire(
+                step.tensors[0], running.body, span.entry_device(batch * tokens), span.dtype
+            ),
             finish=lambda output: _answer(session, running, output),
             started=started,
             settled=settled,

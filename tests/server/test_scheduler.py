@@ -418,3 +418,57 @@ def test_training_peers_take_turns_pass_by_pass_and_leave_when_cancelled() -> No
 def some(batch: Batch | None) -> Batch:
     assert batch is not None
     return batch
+
+
+def gathering(owner: str) -> Job:
+    each = job(1, owner=owner)
+    each.gathers = True
+    return each
+
+
+def test_a_batch_waits_for_those_who_shared_the_last_one() -> None:
+    scheduler = Scheduler()
+    for owner in "abc":
+        scheduler.add(gathering(owner))
+    run(take(scheduler), scheduler, 0.1)
+    scheduler.add(gathering("a"))
+    assert scheduler.next_batch(1.0) is None
+    assert scheduler.wake_at() == pytest.approx(1.0 + module.GATHER_SHARE * 0.1)
+    for owner in "bc":
+        scheduler.add(gathering(owner))
+    assert len(take(scheduler, 1.01).jobs) == 3
+    assert scheduler.wake_at() == float("inf")
+
+
+def test_who_stays_away_is_waited_for_once() -> None:
+    scheduler = Scheduler()
+    for owner in "ab":
+        scheduler.add(gathering(owner))
+    run(take(scheduler), scheduler, 0.1)
+    scheduler.add(gathering("a"))
+    assert scheduler.next_batch(1.0) is None
+    run(take(scheduler, scheduler.wake_at()), scheduler, 0.1)
+    scheduler.add(gathering("a"))
+    assert len(take(scheduler, 2.0).jobs) == 1
+
+
+def test_a_batch_that_was_waited_for_and_left_wakes_nobody() -> None:
+    scheduler = Scheduler()
+    for owner in "ab":
+        scheduler.add(gathering(owner))
+    run(take(scheduler), scheduler, 0.1)
+    alone = gathering("a")
+    scheduler.add(alone)
+    assert scheduler.next_batch(1.0) is None
+    scheduler.remove(alone)
+    assert scheduler.next_batch(2.0) is None
+    assert scheduler.wake_at() == float("inf")
+
+
+def test_steps_that_share_nothing_wait_for_nobody() -> None:
+    scheduler = Scheduler()
+    for owner in "ab":
+        scheduler.add(job(1, owner=owner))
+    run(take(scheduler), scheduler, 0.1)
+    scheduler.add(job(1))
+    assert len(take(scheduler, 1.0).jobs) == 1

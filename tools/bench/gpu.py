@@ -23,10 +23,11 @@ import trio
 from petalite.bloom.blocks import Embeddings, Head
 from petalite.bloom.cache import CachePool
 from petalite.bloom.config import BloomConfig
-from petalite.bloom.fast import accelerate
+from petalite.bloom.fast import accelerate, accelerate_ends
 from petalite.bloom.manifest import Manifest
 from petalite.bloom.span import Part, Span
 from petalite.bloom.synthetic import random_span
+from petalite.client.runner import finished
 from petalite.client.session import InferenceSession
 from petalite.identity import Address, Identity
 from petalite.net.endpoint import open_endpoint
@@ -40,7 +41,8 @@ GEOMETRIES = {
     "176b": BloomConfig(hidden_size=14_336, n_head=112, n_layer=70, vocab_size=250_880),
 }
 STEPS = 40
-TOGETHER_STEPS = 200
+TOGETHER_STEPS = 100
+CACHE_TOKENS = 4096  # for 8 sessions, or one with a prefix of 2,048
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,8 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--check", action="store_true", help="compare the fast block with the plain one, and time both")
     parser.add_argument("--no-transformers", action="store_true", help="leave out the comparison")
     parser.add_argument("--serve", metavar="JSON", help=argparse.SUPPRESS)
-    parser.add_argument("--decode", metavar="ADDRESS", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--gpus", type=int, help="servers, if not one a GPU")
     parser.add_argument("--transformers", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--decode", metavar="ADDRESS", nargs="+", help=argparse.SUPPRESS)
 
 
 def run(arguments: argparse.Namespace) -> Result | None:
@@ -61,11 +64,11 @@ def run(arguments: argparse.Namespace) -> Result | None:
     if arguments.serve:
         trio.run(_serve, config, arguments, json.loads(arguments.serve))
         return None
-    if arguments.decode:
-        trio.run(_decode, config, [Address.parse(address) for address in arguments.decode])
-        return None
     if arguments.transformers:
         print(json.dumps(_transformers(config, arguments.prefixes)))
+        return None
+    if arguments.decode:
+        trio.run(_decode, config, [Address.parse(text) for text in arguments.decode])
         return None
     gpus = torch.cuda.device_count()
     name = torch.cuda.get_device_name(0) if gpus else "no GPU"
@@ -81,6 +84,7 @@ def run(arguments: argparse.Namespace) -> Result | None:
         theirs = json.loads(subprocess.run(out, capture_output=True, check=True, text=True).stdout.splitlines()[-1])
     with _servers(config, arguments) as addresses:
         trio.run(_measure, config, arguments, addresses, theirs, result)
+        _measure_sessions(arguments, addresses, result)
     return result
 
 
@@ -118,7 +122,7 @@ def _sync() -> None:
 @contextmanager
 def _servers(config: BloomConfig, arguments: argparse.Namespace) -> Iterator[list[Address]]:
     """One server process a GPU, the blocks shared evenly; ended with the block."""
-    count = max(1, torch.cuda.device_count())
+    count = arguments.gpus or max(1, torch.cuda.device_count())
     borders = [config.n_layer * i // count for i in range(count + 1)]
     processes = []
     try:
@@ -148,9 +152,12 @@ async def _serve(config: BloomConfig, arguments: argparse.Namespace, told: dict[
         torch.set_num_threads(1)
     span = random_span(config, told["start"], told["end"], dtype=_dtype(), device=device, quantize=arguments.quantize)
     server = BlockServer(
-        span, Manifest(config, {}), "bench", cache_tokens=32_768 if device.type == "cuda" else 8192,
+        span,
+        Manifest(config, {}),
+        "bench",
+        cache_tokens=CACHE_TOKENS,
         here=lambda function: function(),
-    )  # fmt: skip
+    )
     reason = server.accelerate()
     print(reason or "fast", file=sys.stderr, flush=True)
     async with open_endpoint(Identity.generate(), handlers=server.methods) as endpoint, trio.open_nursery() as nursery:
@@ -168,18 +175,28 @@ class _Ends:
 
     def __init__(self, config: BloomConfig) -> None:
         device = _device()
-        self.embeddings = Embeddings(config).to(device=device, dtype=_dtype())
-        self.head = Head(config).to(device=device, dtype=_dtype())
+        with torch.device("meta"):
+            self.embeddings = Embeddings(config).to(dtype=_dtype()).to_empty(device=device)
+            self.head = Head(config)
+        self.embeddings.word_embeddings.weight.data.normal_(0.0, 0.02)
+        self.embeddings.word_embeddings_layernorm.reset_parameters()
+        self.head.ln_f = self.embeddings.word_embeddings_layernorm
         self.head.lm_head.weight = self.embeddings.word_embeddings.weight
         self.device = device
+
+        self._fast, reason = accelerate_ends(self.embeddings, self.head)
+        print(f"client: {reason or 'fast'}", file=sys.stderr, flush=True)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode():
             hidden: torch.Tensor = self.embeddings(tokens.to(self.device))
             return hidden.cpu()
 
-    def next(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states of one position -> the next token's embedding."""
+    async def next(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states (1, T, C) -> the embedding (1, 1, C) of the token that follows."""
+        underway = self._fast.begin(hidden[:, -1]) if self._fast else None
+        if underway is not None:
+            return (await finished(underway))[1]
         with torch.inference_mode():
             logits = self.head(hidden[:, -1:].to(self.device))
             embedded: torch.Tensor = self.embeddings(logits.argmax(dim=-1))
@@ -206,18 +223,63 @@ async def _measure(
             row["steps ratio"] = steps / theirs[f"steps {prefix}"] if theirs else "-"
             row["prefill ratio"] = prefill / theirs[f"prefill {prefix}"] if theirs else "-"
             result.rows.append(row)
-    alone = await trio.to_thread.run_sync(_together, arguments, addresses, 1)
+
+
+def _measure_sessions(arguments: argparse.Namespace, addresses: list[Address], result: Result) -> None:
+    """Sessions that decode at once, each a client process of its own, hidden states only (no head)."""
+    alone = _together(arguments, addresses, 1)[0]
     for sessions in arguments.sessions:
-        rates = await trio.to_thread.run_sync(_together, arguments, addresses, sessions)
-        share = min(rates) / (sum(rates) / sessions)
+        rates = _together(arguments, addresses, sessions)
         result.rows.append(
             {
                 "sessions": sessions,
                 "steps/s in all": sum(rates),
-                "times one session": sum(rates) / alone[0],
-                "least share": share,
+                "times one session": sum(rates) / alone,
+                "least share": min(rates) / (sum(rates) / sessions),
             }
         )
+
+
+def _together(arguments: argparse.Namespace, addresses: list[Address], sessions: int) -> list[float]:
+    """Steps/s of each."""
+    command = _this_script(arguments, "--decode", *map(str, addresses))
+    clients = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(sessions)
+    ]
+    try:
+        for client in clients:
+            _line(client)  # it has read its prefix
+        for client in clients:
+            if client.stdin:
+                print("go", file=client.stdin, flush=True)
+        return [float(_line(client)) for client in clients]
+    finally:
+        for client in clients:
+            client.kill()
+            client.wait()
+
+
+async def _decode(config: BloomConfig, addresses: list[Address]) -> None:
+    """A client of `_together`: decodes until all have had time to measure, but measures the first steps only."""
+    torch.set_num_threads(1)
+    hidden = torch.randn(1, 128, config.hidden_size).to(_dtype())
+    async with open_node(Identity.generate(), peers=addresses) as node:
+        await node.start(lan=False)
+        node.directory.watch(Manifest(config, {}).model_id, config.n_layer, config.hidden_size)
+        await node.directory.refresh()
+        async with _session(node, config, 128 + 3 * TOGETHER_STEPS) as session:
+            await session.step(hidden)
+            print("ready", flush=True)
+            await trio.to_thread.run_sync(sys.stdin.readline)
+            for _ in range(TOGETHER_STEPS // 4):
+                await session.step(hidden[:, :1])
+            started = time.perf_counter()
+            for _ in range(TOGETHER_STEPS):
+                await session.step(hidden[:, :1])
+            print(TOGETHER_STEPS / (time.perf_counter() - started), flush=True)
+            for _ in range(TOGETHER_STEPS):
+                await session.step(hidden[:, :1])
+            await trio.sleep_forever()
 
 
 def _session(node: Node, config: BloomConfig, max_len: int) -> InferenceSession:
@@ -241,49 +303,10 @@ async def _generate(node: Node, config: BloomConfig, ends: _Ends, prefix: int) -
             times = []
             for _ in range(STEPS):
                 started = time.perf_counter()
-                token = await trio.to_thread.run_sync(ends.next, output)
+                token = await ends.next(output)
                 output = await session.step(token)
                 times.append(time.perf_counter() - started)
     return 1 / median(times), prefix / min(prefills)
-
-
-def _together(arguments: argparse.Namespace, addresses: list[Address], sessions: int) -> list[float]:
-    """Steps/s of each of several clients, a process each, that decode at once: hidden states only, no head."""
-    command = _this_script(arguments, "--decode", *map(str, addresses))
-    clients = [
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(sessions)
-    ]
-    try:
-        for client in clients:
-            _line(client)  # it has its session, and what it has read
-        for client in clients:
-            if client.stdin is not None:
-                client.stdin.write("go\n")
-                client.stdin.flush()
-        return [float(_line(client)) for client in clients]
-    finally:
-        for client in clients:
-            client.kill()
-            client.wait()
-
-
-async def _decode(config: BloomConfig, addresses: list[Address]) -> None:
-    """One such client: a line when it is ready, and one with its steps/s after a line on stdin."""
-    torch.set_num_threads(1)
-    hidden = torch.randn(1, 128, config.hidden_size).to(_dtype())
-    async with open_node(Identity.generate(), peers=addresses) as node:
-        await node.start(lan=False)
-        node.directory.watch(Manifest(config, {}).model_id, config.n_layer, config.hidden_size)
-        await node.directory.refresh()
-        async with _session(node, config, 128 + TOGETHER_STEPS + 8) as session:
-            await session.step(hidden)
-            await session.step(hidden[:, :1])
-            print("ready", flush=True)
-            await trio.to_thread.run_sync(sys.stdin.readline)
-            started = time.perf_counter()
-            for _ in range(TOGETHER_STEPS):
-                await session.step(hidden[:, :1])
-            print(TOGETHER_STEPS / (time.perf_counter() - started), flush=True)
 
 
 # --- transformers ----------------------------------------------------------------------------------------------------
