@@ -15,6 +15,13 @@ import trio
 TRIM_SECONDS = 4.0  # what a peer took is to be gone 5 s after it left
 
 
+def bound_onednn() -> None:
+    """Have oneDNN keep fewer of the products that it has prepared, before it prepares the first: up to 0.3 MiB for
+    each shape and number of rows, and peers choose the number. A step needs four shapes of one number.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+
+
 async def return_freed_memory(traffic: Callable[[], object]) -> None:
     """For ever, while there is `traffic`: give memory that was freed back to the system.
 

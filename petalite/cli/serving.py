@@ -21,7 +21,7 @@ from petalite.bloom.manifest import Manifest, load_or_make
 from petalite.cli.devices import usable_device
 from petalite.cli.identities import server_identity
 from petalite.cli.listening import listen_as_told
-from petalite.cli.memory import free_memory, return_freed_memory
+from petalite.cli.memory import bound_onednn, free_memory, return_freed_memory
 from petalite.cli.options import SwarmOptions
 from petalite.cli.output import Advance, emit_json, notice, progress
 from petalite.cli.serve import ServeOptions
@@ -48,6 +48,7 @@ async def serve(options: ServeOptions, swarm: SwarmOptions) -> None:
     _check_blocks(options, config)
     kept = server_identity(swarm.identity)
     torch.set_num_threads(1)  # until the loaded blocks have been measured
+    bound_onednn()
     with trio.open_signal_receiver(signal.SIGTERM) as terms:
         with progress("hashing the model once", None, "bytes") as advance:
             manifest = await trio.to_thread.run_sync(load_or_make, directory, _steps(advance), abandon_on_cancel=True)
