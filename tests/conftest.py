@@ -21,6 +21,10 @@ for _name, _value in {
 
 from hypothesis import HealthCheck, settings  # noqa: E402 - the variables above come first
 
+# A shell has what it runs in the background ignore it, and children inherit that: interrupts are tested here.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # No deadline: a busy machine is slow, not wrong. In CI the same examples every time, so that red means a change.
 settings.register_profile("dev", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", settings.get_profile("dev"), derandomize=True)
