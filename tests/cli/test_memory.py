@@ -26,7 +26,7 @@ async def test_memory_is_returned_after_traffic_and_only_then(monkeypatch: Any, 
     traffic = [1]
     async with trio.open_nursery() as nursery:
         nursery.start_soon(memory.return_freed_memory, lambda: traffic[0])
-        await trio.sleep(4 * memory.TRIM_SECONDS)
+        await trio.sleep(4.5 * memory.TRIM_SECONDS)
         assert trimmed == [0]
         traffic[0] = 2
         await trio.sleep(memory.TRIM_SECONDS)
