@@ -207,8 +207,8 @@ def gives_another_manifest() -> None:
 
 @defect("additions/002")
 def adds_prompts_at_the_first_positions_of_the_cache() -> None:
-    before = span._find_prompts
-    patch(span, "_find_prompts", lambda parts, device: before([replace(part, pad=None) for part in parts], device))
+    before = span.find_prompts
+    patch(span, "find_prompts", lambda parts, device: before([replace(part, pad=None) for part in parts], device))
 
 
 @defect("additions/003")
