@@ -53,19 +53,20 @@ def session_outlives_connection(bench: Bench) -> None:
 @case("clocks/004", "PT-STR-052 PT-FRM-030 PT-STR-063")
 def progress(bench: Bench) -> None:
     """While requests are queued or run for long, PROGRESS comes each half second and PING is answered"""
-    peer = bench.peer()
+    peers = [bench.peer() for _ in range(3)]  # a server may let one peer queue only so much
     count = max(4, min(40, bench.model["cache_left"] // 1_100))
-    sessions = [bench.session(peer, max_len=1_024) for _ in range(count)]
+    sessions = [bench.session(peers[i % len(peers)], max_len=1_024) for i in range(count)]
     hidden = bench.hidden(1_024)
     started = time.monotonic()
     answers = [session.send(hidden) for session in sessions]
     slowest = 0.0
     while not all(answer.ended for answer in answers):
-        asked = time.monotonic()
-        require(asked - started < 120, "the steps took more than two minutes")
-        peer.ping(5)
-        slowest = max(slowest, time.monotonic() - asked)
-        peer.drain(0.1)
+        for peer in peers:
+            asked = time.monotonic()
+            require(asked - started < 120, "the steps took more than two minutes")
+            peer.ping(5)
+            slowest = max(slowest, time.monotonic() - asked)
+            peer.drain(0.03)
     took = time.monotonic() - started
     bench.should(slowest < 1.0, f"PING answered within 1 s while computing, not {slowest:.1f} s")
     seen = sum(answer.progress for answer in answers)
