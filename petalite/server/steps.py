@@ -143,7 +143,7 @@ class Steps:
         self._executor.add(job)
 
     def _push_on(self, session: Session, step: messages.Step, answer: Answer, deadline: float) -> None:
-        """The next hop gets the output at once: before the client's copy is written."""
+        """The next hop gets the output at once, without waiting for the client to take its copy."""
         if not step.next or not self._pusher.enabled:
             return
         first, *rest = step.next
