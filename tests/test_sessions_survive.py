@@ -455,6 +455,31 @@ def test_after_a_failover_the_hops_that_can_still_push() -> None:
     play(scene)
 
 
+@pytest.mark.parametrize("hop", [0, 1])
+def test_a_server_that_dies_between_its_answer_and_its_push_is_not_waited_for(hop: int) -> None:
+    async def scene() -> list[float]:
+        times: list[float] = []
+
+        async def die(*push: object) -> None:
+            await trio.sleep(0.001)  # its answer has arrived
+            world.places[hop].host.die()
+            await trio.sleep_forever()
+
+        def before(token: int, session: InferenceSession) -> None:
+            times.append(trio.current_time())
+            if token == 5:
+                world.places[hop].server.pusher.enable(world.places[hop].peer, die)
+
+        async with open_world(load_parts(), SPANS, SPARES) as world, world.client() as model:
+            assert tuple(await tell(model, model.encode(PROMPT), TOKENS, before=before)) == undisturbed()
+            assert not world.places[hop].up
+        return [b - a for a, b in itertools.pairwise(times)]
+
+    pauses = play(scene)
+    assert isinstance(pauses, list)
+    assert max(pauses) <= 0.1
+
+
 # Whose fault it is
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,6 +132,15 @@ class Calls:
     def connected(self, hop: Hop) -> bool:
         """Whether a request to the server needs no dialling."""
         return _connection(self._node, hop.peer) is not None
+
+    def watch(self, hop: Hop, ended: Callable[[], None]) -> Callable[[], None]:
+        """Call `ended` when the connection to the server ends, at once if there is none; gives what stops that."""
+        connection = _connection(self._node, hop.peer)
+        if connection is None:
+            ended()
+            return lambda: None
+        connection.on_closed.add(ended)
+        return lambda: connection.on_closed.discard(ended)
 
     async def close(self, hop: Hop) -> None:
         """Tell the server that it may forget, if there is a connection; silent about one that is gone."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import trio
@@ -19,12 +20,17 @@ LONGEST_PAUSE = 300.0
 
 @dataclass(slots=True, eq=False)
 class Part:
-    """One hop's share of a pushed step. `done` means something once it is `settled`."""
+    """One hop's share of a pushed step. `done` means something once it is `settled`.
+
+    `gone`: the server answered, but its connection ended before the push was seen to arrive. `unwatch` ends looking.
+    """
 
     send: Send
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     settled: trio.Event = field(default_factory=trio.Event)
     done: bool = False
+    gone: bool = False
+    unwatch: Callable[[], None] = lambda: None
 
 
 class PushTrust:

@@ -427,11 +427,15 @@ class InferenceSession:
         sent twice is done once.
         """
         parts = [Part(send) for send in action.sends]
-        async with open_flat_nursery() as nursery:
-            for i in range(len(parts)):
-                nursery.start_soon(self._push_part, parts, i)
+        try:
+            async with open_flat_nursery() as nursery:
+                for i in range(len(parts)):
+                    nursery.start_soon(self._push_part, parts, i)
+        finally:
+            for part in parts:
+                part.unwatch()
         # A lost server says nothing about pushing, nor does a step after it that we carried ourselves.
-        if self._lost_at is None and not any(part.send.hop.state is HopState.GONE for part in parts):
+        if self._lost_at is None and not any(part.gone or part.send.hop.state is HopState.GONE for part in parts):
             self._trust.pushed(all(part.done for part in parts), trio.current_time())
 
     async def _push_part(self, parts: Sequence[Part], i: int) -> None:
@@ -448,8 +452,17 @@ class InferenceSession:
             for later in parts[i + 1 :]:
                 later.scope.cancel()
         elif i + 1 < len(parts):
-            patience = self._patience(hop, parts[i + 1].send.hop, trio.current_time() - started)
-            parts[i + 1].scope.deadline = trio.current_time() + patience
+            behind = parts[i + 1]
+            patience = self._patience(hop, behind.send.hop, trio.current_time() - started)
+            behind.scope.deadline = trio.current_time() + patience
+
+            def gone() -> None:
+                """It pushes nothing any more, or has; the step sent twice is done once."""
+                if not behind.settled.is_set():
+                    part.gone = True
+                    behind.scope.cancel()
+
+            part.unwatch = self._calls.watch(hop, gone)
 
     def _patience(self, before: Hop, hop: Hop, took: float) -> float:
         """Seconds that a push from `before`, which `took` so long itself, to `hop` is waited for before we send the

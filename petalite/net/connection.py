@@ -73,6 +73,7 @@ class PeerConnection:
         self.initiator = initiator
         self.address = transport.address
         self.closed = trio.Event()
+        self.on_closed: set[Callable[[], None]] = set()  # called once it is closed; must not wait
         self.close_reason = ""
         self.goaway_code: int | None = None  # with which the peer said goodbye
         self.bytes_sent = 0
@@ -220,6 +221,8 @@ class PeerConnection:
         self._dispatch()
         for event in (self._hello_received, self._drained, self._pong):
             event.set()
+        for heard in tuple(self.on_closed):
+            heard()
 
     async def _read_loop(self) -> None:
         try:
