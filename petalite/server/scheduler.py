@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from petalite.server.blockcost import BlockCost
+from petalite.server.gathering import Gathering
 
 # A job of at most this many tokens (rows x new tokens) is short: a decode step, or a few drafted tokens.
 SHORT_TOKENS = 32
@@ -31,9 +32,6 @@ TRAINING_PAUSE = 3.8
 TRAINING_CREDIT_SECONDS = 0.1
 # It does not pause, but fills every gap, where a block of it takes no more than this part of a short step's time.
 TRAINING_BRIEF = 0.2
-# A batch on a device costs about the same however many share it: one waits for those who shared the last one, for up to
-# this part of what a batch takes. Where somebody stays away it is smaller next time, and nobody waits for him again.
-GATHER_SHARE = 0.5
 # A clock that stands still (tests) must not make a token cost nothing.
 LEAST_SECONDS = 1e-9
 
@@ -47,7 +45,7 @@ class Job:
     and when it has left the executor, whether finished, failed, or dropped.
 
     `done` tokens are through all blocks, the next `piece` ones through `at_block` of them. A `training` job is neither
-    short nor long, and says itself when it is done. `gathers`: worth waiting for others to share its batch.
+    short nor long, and says itself when it is done. It came from `session`, if that will bring more, at `came_at`.
     """
 
     owner: Hashable
@@ -61,7 +59,8 @@ class Job:
     prepare: Callable[[], Any] = lambda: None
     finish: Callable[[Any], Any] = lambda result: result
     training: bool = False
-    gathers: bool = False
+    session: Hashable = None
+    came_at: float = 0.0
     done: int = 0
     piece: int = 0
     at_block: int = 0
@@ -120,8 +119,9 @@ class Scheduler:
         self._load: Counter[Hashable] = Counter()
         self._block_cost = BlockCost()
         self._short_at = float("-inf")
-        self._shared = 0  # jobs in the last batch of short steps
-        self._gathered_at: float | None = None  # when the next one begins, whoever has come
+        self._gathering = Gathering()
+        self._gathered_at = float("inf")  # when the next batch of short steps begins, whoever has come
+        self._answered: Batch | None = None  # the last one, until its sessions are seen off
         self.short_seconds = 0.0
         """What a batch of short steps takes, on a running average; 0 before the first."""
 
@@ -151,6 +151,8 @@ class Scheduler:
         self._queues(job).setdefault(job.owner, deque()).append(job)
         if not job.training:
             self._load[job.owner] += job.size
+        if job.session is not None:
+            self._gathering.came(job.session, job.came_at)
 
     def remove(self, job: Job) -> bool:
         """Drop a job that waits; False if it is not waiting (it runs, or is through)."""
@@ -180,38 +182,40 @@ class Scheduler:
         """Take what runs now; None when nothing waits. When short and long wait, the long ones get a third of the time:
         a block of theirs delays the short steps, twice as long nothing does.
         """
+        self._see_off(now)
         if self._trains and now >= self._due_at():
             return self._training_slice(now)
         long_waits = self._begun is not None or bool(self._long)
         if self._short or long_waits:
             self._busy_at = now
         if self._short and not (long_waits and self._owed <= 0):
-            if not long_waits and self._gathering(now):
+            self._gathered_at = float("inf") if long_waits else self._wait_for_others(now)
+            if self._gathered_at != float("inf"):
                 return None
             self._short_at = now
-            batch = self._short_batch()
-            self._shared = len(batch.jobs)
-            return batch
+            return self._short_batch()
         if not self._short:
             self._owed = 0.0
-            self._gathered_at = None
+            self._gathered_at = float("inf")
         return self._long_piece(now) if long_waits else None
 
     def wake_at(self) -> float:
         """When to call `next_batch` again though nothing has come: training waits for its share, a batch for others."""
-        gathered_at = float("inf") if self._gathered_at is None else self._gathered_at
-        return min(gathered_at, self._due_at() if self._trains else float("inf"))
+        return min(self._gathered_at, self._due_at() if self._trains else float("inf"))
 
-    def _gathering(self, now: float) -> bool:
-        """Whether others are likely to come for the batch of short steps that is due."""
+    def _see_off(self, now: float) -> None:
+        answered, self._answered = self._answered, None
+        if answered is not None:
+            sessions = [job.session for job in answered.jobs if job.session is not None]
+            self._gathering.left(sessions, answered.jobs[0].group, now)
+
+    def _wait_for_others(self, now: float) -> float:
+        """When the batch of short steps that is due should begin, whoever has come; infinity for now."""
         waiting = [job for queue in self._short.values() for job in queue]
-        if len(waiting) < self._shared and waiting[0].gathers:
-            if self._gathered_at is None:
-                self._gathered_at = now + GATHER_SHARE * self.short_seconds
-            if now < self._gathered_at:
-                return True
-        self._gathered_at = None
-        return False
+        if sum(job.size for job in waiting) >= BATCH_TOKENS:
+            return float("inf")
+        until = self._gathering.until(waiting[0].group, self.short_seconds, now)
+        return until if until > now else float("inf")
 
     @property
     def _trains(self) -> bool:
@@ -302,6 +306,7 @@ class Scheduler:
         if not batch.long:
             self.short_seconds += (0.2 if self.short_seconds else 1.0) * (seconds - self.short_seconds)
             self._owed -= max(LEAST_SECONDS, seconds)
+            self._answered = batch
         else:
             self._measure(batch, seconds)
         for job in batch.jobs:

@@ -130,7 +130,8 @@ class Steps:
             batch=batch,
             tokens=tokens,
             blocks=span.end - span.start,
-            gathers=span.asynchronous,
+            session=session.key,
+            came_at=trio.current_time(),
             prepare=lambda: bridge.from_wire(
                 step.tensors[0], running.body, span.entry_device(batch * tokens), span.dtype
             ),

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from petalite.server import scheduler as module
+from petalite.server.gathering import AWAY_SECONDS, GATHER_SHARE, Gathering
 from petalite.server.scheduler import BATCH_TOKENS, SHORT_TOKENS, SMALLEST_PIECE, Batch, Job, Scheduler
 
 BLOCKS = 4
@@ -420,55 +421,94 @@ def some(batch: Batch | None) -> Batch:
     return batch
 
 
-def gathering(owner: str) -> Job:
-    each = job(1, owner=owner)
-    each.gathers = True
-    return each
+STEP = 0.1
+SOON = 0.001
 
 
-def test_a_batch_waits_for_those_who_shared_the_last_one() -> None:
+def decode(session: str, now: float, group: str = "0:4") -> Job:
+    made = job(1, owner=session, group=group)
+    made.session, made.came_at = session, now
+    return made
+
+
+def alone(scheduler: Scheduler, now: float, meanwhile: Job) -> float:
+    """Run the batch that is due, which one session has for itself, while `meanwhile` comes; the time after it."""
+    batch = take(scheduler, now)
+    assert len(batch.jobs) == 1
+    scheduler.add(meanwhile)
+    run(batch, scheduler, STEP)
+    return now + STEP
+
+
+def taking_turns(scheduler: Scheduler, other: str = "0:4") -> float:
+    """The steps of a and b have each come while the other's ran, and b's waits now; `other`: the blocks of b."""
+    scheduler.add(decode("a", 0.0))
+    now = alone(scheduler, 0.0, decode("b", SOON, other))
+    now = alone(scheduler, now, decode("a", now + SOON))
+    return alone(scheduler, now, decode("b", now + SOON, other))
+
+
+def test_sessions_that_take_turns_at_the_same_pace_come_to_share_their_batches() -> None:
     scheduler = Scheduler()
-    for owner in "abc":
-        scheduler.add(gathering(owner))
-    run(take(scheduler), scheduler, 0.1)
-    scheduler.add(gathering("a"))
-    assert scheduler.next_batch(1.0) is None
-    assert scheduler.wake_at() == pytest.approx(1.0 + module.GATHER_SHARE * 0.1)
-    for owner in "bc":
-        scheduler.add(gathering(owner))
-    assert len(take(scheduler, 1.01).jobs) == 3
+    now = taking_turns(scheduler)
+    assert scheduler.next_batch(now) is None
+    assert scheduler.wake_at() == pytest.approx(now + GATHER_SHARE * STEP)
+    scheduler.add(decode("a", now + SOON))
+    assert len(take(scheduler, now + SOON).jobs) == 2
     assert scheduler.wake_at() == float("inf")
 
 
 def test_who_stays_away_is_waited_for_once() -> None:
     scheduler = Scheduler()
-    for owner in "ab":
-        scheduler.add(gathering(owner))
-    run(take(scheduler), scheduler, 0.1)
-    scheduler.add(gathering("a"))
-    assert scheduler.next_batch(1.0) is None
-    run(take(scheduler, scheduler.wake_at()), scheduler, 0.1)
-    scheduler.add(gathering("a"))
-    assert len(take(scheduler, 2.0).jobs) == 1
+    now = taking_turns(scheduler)
+    assert scheduler.next_batch(now) is None
+    now = scheduler.wake_at()
+    run(take(scheduler, now), scheduler, STEP)
+    scheduler.next_batch(now + STEP)
+    scheduler.add(decode("b", now + STEP + SOON))
+    assert len(take(scheduler, now + STEP + SOON).jobs) == 1
+
+
+def test_who_needs_long_between_two_steps_is_not_waited_for() -> None:
+    scheduler = Scheduler()
+    scheduler.add(decode("a", 0.0))
+    now = alone(scheduler, 0.0, decode("b", SOON))
+    for _ in range(3):
+        now = alone(scheduler, now, decode("a", now + 0.9 * STEP))
+        now = alone(scheduler, now, decode("b", now + 0.9 * STEP))
+
+
+def test_who_comes_back_in_time_again_is_waited_for_again() -> None:
+    gathering = Gathering()
+    due = GATHER_SHARE * STEP
+    for left_at, away, patience in ((0.0, SOON, 0.0), (0.2, 2 * STEP, due), (0.6, SOON, 0.0), (0.8, SOON, due)):
+        gathering.left(["a"], "0:4", left_at)
+        assert gathering.until("0:4", STEP, left_at) == pytest.approx(left_at + patience)
+        came_at = left_at + away
+        assert gathering.until("0:4", STEP, came_at) <= left_at + max(due, away)
+        gathering.came("a", came_at)
 
 
 def test_a_batch_that_was_waited_for_and_left_wakes_nobody() -> None:
     scheduler = Scheduler()
-    for owner in "ab":
-        scheduler.add(gathering(owner))
-    run(take(scheduler), scheduler, 0.1)
-    alone = gathering("a")
-    scheduler.add(alone)
-    assert scheduler.next_batch(1.0) is None
-    scheduler.remove(alone)
-    assert scheduler.next_batch(2.0) is None
+    now = taking_turns(scheduler)
+    assert scheduler.next_batch(now) is None
+    (waiting,) = scheduler._short["b"]
+    scheduler.remove(waiting)
+    assert scheduler.next_batch(now + SOON) is None
     assert scheduler.wake_at() == float("inf")
 
 
-def test_steps_that_share_nothing_wait_for_nobody() -> None:
+def test_sessions_of_other_blocks_are_not_waited_for() -> None:
     scheduler = Scheduler()
-    for owner in "ab":
-        scheduler.add(job(1, owner=owner))
-    run(take(scheduler), scheduler, 0.1)
-    scheduler.add(job(1))
-    assert len(take(scheduler, 1.0).jobs) == 1
+    now = taking_turns(scheduler, other="4:8")
+    assert len(take(scheduler, now).jobs) == 1
+
+
+def test_sessions_that_went_away_are_forgotten() -> None:
+    gathering = Gathering()
+    for number in range(1000):
+        gathering.left([number], "0:4", number * AWAY_SECONDS)
+        gathering.came(number, number * AWAY_SECONDS)
+        gathering.left([number], "0:4", number * AWAY_SECONDS)
+    assert len(gathering._away) == len(gathering._usual) == 2
