@@ -98,7 +98,8 @@ class _Output:
 class Pipeline:
     """One session of `batch` rows through blocks [0, layers).
 
-    `piece`: the most tokens in one step; `short`: the most tokens, over all rows, of a step that may be pushed from
+    `piece`: the most tokens of a row in one step, which the owner may change; `short`: the most tokens, over all rows,
+    of a step that may be pushed from
     server to server; `new_sid` makes session ids. At the `cuts`, borders before a block, the owner changes what passes:
     no hop reaches across one, and what goes on from there is what `intervened` was given.
     """
@@ -122,7 +123,7 @@ class Pipeline:
         self.hops: list[Hop] = []
         self.retired: list[Hop] = []
         self.replayed_tokens = 0
-        self._piece = piece
+        self.piece = piece
         self._short = short
         self._new_sid = new_sid
         self._cuts = frozenset(cuts)
@@ -152,6 +153,11 @@ class Pipeline:
     def complete(self) -> bool:
         """The step's output has come out of the last block."""
         return self._output.end >= self.target
+
+    @property
+    def due(self) -> int:
+        """Tokens of a row that the hop furthest behind has still to do."""
+        return self.target - min((hop.position for hop in self.hops), default=self.target)
 
     @property
     def done_tokens(self) -> int:
@@ -260,7 +266,7 @@ class Pipeline:
             return Check(hop)
         if end > hop.max_len:
             return Extend(hop, self._room_for(self.target), self.target)
-        return Send(hop, hop.n, start, min(end, start + self._piece), hop.reorder)
+        return Send(hop, hop.n, start, min(end, start + self.piece), hop.reorder)
 
     def _again(self, hop: Hop, end: int) -> Action | None:
         """Where a hop has done tokens whose output we do not have (it went with a boundary that nobody needed for a
@@ -276,7 +282,7 @@ class Pipeline:
             return None
         if hop.state is HopState.UNSURE:
             return Check(hop)
-        return Send(hop, hop.n, known, min(end, known + self._piece), hop.reorder)
+        return Send(hop, hop.n, known, min(end, known + self.piece), hop.reorder)
 
     def _known(self, border: int) -> int:
         return self._histories[border].length if border in self._histories else 0

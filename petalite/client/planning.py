@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import trio
@@ -11,6 +11,7 @@ from petalite import limits
 from petalite.client.calls import Terms
 from petalite.client.given import Given
 from petalite.client.hop import Hop
+from petalite.client.pacing import Stage
 from petalite.client.verdicts import Judge
 from petalite.errors import PetaliteError
 from petalite.identity import PeerId
@@ -126,6 +127,19 @@ class Planner:
         current = Route((RouteHop(hop.peer, hop.blocks),), push=False, seconds=seconds / tokens)
         replay = replay_seconds(snapshot, current, candidate, replayed)
         return better_route(current, candidate, replay=replay, tokens_left=tokens + tokens_left)
+
+    def stages(self, hops: Sequence[Hop]) -> list[Stage]:
+        """What prompts cost on those of `hops` of which that is known."""
+        snapshot, latencies = self._node.directory.snapshot(self._terms.model), self._node.directory.latencies()
+        servers = [(hop, snapshot.get(hop.peer)) for hop in hops] if snapshot else []
+        return [
+            Stage(
+                hop.blocks.size / server.batch_rate + snapshot.token_bits / server.network_rate,
+                latencies.get(hop.peer, 0.0),
+            )
+            for hop, server in servers
+            if snapshot and server
+        ]
 
     # Later
 

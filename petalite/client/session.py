@@ -19,6 +19,7 @@ from petalite import bridge, limits
 from petalite.client.calls import Calls, Outcome, Terms
 from petalite.client.given import Given
 from petalite.client.hop import Hop, HopState
+from petalite.client.pacing import LEAST_TOKENS, piece_length
 from petalite.client.pipeline import Action, Check, Extend, Intervene, Open, Pipeline, Plan, Push, Send
 from petalite.client.planning import Planner, SessionError
 from petalite.client.pushing import FRESH_PUSH_SECONDS, PUSH_SECONDS, Part, PushTrust
@@ -92,12 +93,14 @@ class InferenceSession:
                     f"no intervention can be at border {border}: a model of {layers} blocks has 0..{layers}"
                 )
         terms = Terms(model=model, layers=layers, hidden=hidden, batch=batch, dtype=dtype, codec=codec)
-        piece = min(limits.PREFILL_TOKENS, max(1, limits.PREFILL_BYTES // encoded_size(terms.descriptor(1))))
+        self._longest_piece = min(
+            limits.PREFILL_TOKENS, max(1, limits.PREFILL_BYTES // encoded_size(terms.descriptor(1)))
+        )
         self._pipeline = Pipeline(
             layers,
             batch=batch,
             max_len=max_len,
-            piece=piece,
+            piece=self._longest_piece,
             new_sid=lambda: os.urandom(limits.SESSION_ID_BYTES),
             short=limits.SHORT_STEP_TOKENS,
             cuts=[border for border in self._interventions if 0 < border < layers],
@@ -117,6 +120,7 @@ class InferenceSession:
         self._told_waiting = False
         self._hand_over_at = 0.0
         self._trust = PushTrust(push)
+        self._paced_for: object = None
         self._step_seconds: dict[PeerId, float] = {}
         self._met: set[tuple[PeerId, PeerId]] = set()  # servers of which one has pushed to the other
         self.failovers = 0
@@ -169,6 +173,7 @@ class InferenceSession:
         pipeline.feed(values)
         try:
             while not pipeline.complete:
+                self._pace()
                 await self._advance(pipeline.ready(push=self._may_push()))
                 if progress is not None:
                     progress(pipeline.done_tokens)
@@ -415,6 +420,19 @@ class InferenceSession:
                 self._lost.append(f"peer {hop} is leaving")
 
     # Pushing
+
+    def _pace(self) -> None:
+        """Cut a prompt, or a replay, so that the servers it goes through work on it at the same time."""
+        pipeline = self._pipeline
+        if pipeline.batch * pipeline.due <= LEAST_TOKENS:
+            return
+        paced_for = (pipeline.target, [hop.sid for hop in pipeline.hops])
+        if paced_for == self._paced_for:
+            return
+        self._paced_for = paced_for
+        behind = [hop for hop in pipeline.hops if 2 * (pipeline.target - hop.position) > pipeline.due]
+        stages = self._planner.stages(behind)
+        pipeline.piece = piece_length(pipeline.due, pipeline.batch, stages, self._longest_piece)
 
     def _may_push(self) -> bool:
         """Not in the step that wakes a parked session: everybody would have to dial everybody one after the other."""
