@@ -304,6 +304,63 @@ async def test_garbage_while_others_work_costs_them_nothing(autojump_clock: Mock
         assert len(here.server._all) == 2 and len(here.server._peer_quotas) == 2 and len(here.server._accepted) == 2
 
 
+STALLS = {
+    "before a word": 0.0,
+    "amid the handshake": 0.0,
+    "before HELLO": limits.IDLE_SECONDS,
+    "after HELLO": limits.IDLE_SECONDS,
+    "amid a body": limits.BODY_STALL_SECONDS + limits.IDLE_SECONDS,
+}  # where a peer falls silent -> seconds that it may have beyond those of the handshake
+
+
+@pytest.mark.parametrize("hosts", [1, 200])
+@pytest.mark.parametrize("stall", STALLS)
+async def test_two_hundred_connections_that_stall_are_bounded_and_gone_at_their_deadlines(
+    autojump_clock: MockClock, stall: str, hosts: int
+) -> None:
+    async with open_endpoint(Identity.generate(), handlers={"echo": echo}) as server:
+        await wait_all_tasks_blocked()
+        tasks_before = trio.lowlevel.current_statistics().tasks_living
+        begin = trio.current_time()
+        ends = [await _stalled(server, f"10.{number % hosts}.7.7", stall) for number in range(200)]
+        await wait_all_tasks_blocked()
+        kept = min(200, hosts * limits.MAX_CONNECTIONS_PER_ADDRESS)
+        assert sum(not far._closed for far in ends) == kept == sum(server._accepted.values())
+        assert len(server._all) <= kept and len(server._peer_quotas) <= kept
+        assert server.quota.used <= limits.TOTAL_BODY_QUOTA
+        tasks = trio.lowlevel.current_statistics().tasks_living - tasks_before
+        assert tasks <= 5 * kept
+        while server._accepted:
+            await trio.sleep(0.5)
+        assert trio.current_time() - begin <= limits.HANDSHAKE_SECONDS + STALLS[stall] + limits.GOODBYE_SECONDS + 1
+        await wait_all_tasks_blocked()
+        assert all(far._closed for far in ends)
+        assert not server._all and not server.connections and not server._peer_quotas
+        assert server.quota.used == 0
+        assert trio.lowlevel.current_statistics().tasks_living == tasks_before
+
+
+async def _stalled(server: Endpoint, host: str, stall: str) -> MemoryTransport:
+    """The server's end of a connection whose peer falls silent there; it may have been refused."""
+    near, far = memory_pair(addresses=(f"{host}:1", "10.0.0.2:1"))
+    server.background.start_soon(server.accept, far)
+    if stall == "before a word":
+        return far
+    await wait_all_tasks_blocked()
+    if far._closed:
+        return far
+    if stall == "amid the handshake":
+        near.send_now(memoryview(b"PTLT\x01\x01\0\x20" + bytes(7)))
+        return far
+    peer = await RawPeer.join(near, Identity.generate())
+    if stall == "before HELLO":
+        return far
+    await peer.send_hello()
+    if stall == "amid a body":
+        await peer.send(Req(1, False, "echo", {"size": limits.MAX_BODY}), Data(1, False, b"x"))
+    return far
+
+
 # A hostile server against our client
 
 
