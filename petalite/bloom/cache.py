@@ -95,6 +95,24 @@ class Rows:
         self.positions = [self.positions[s] for s in sources]
 
 
+@dataclass(slots=True, eq=False)
+class Growth:
+    """A longer place for `rows`, reserved: `copy` brings along what is cached, then `CachePool.grown` moves in.
+
+    Between the two no step may run on the rows; to give up, release `new`.
+    """
+
+    rows: Rows
+    new: Rows
+    old_views: tuple[Tensor, ...]
+    used: int
+
+    def copy(self) -> None:
+        """What takes long, in any thread. Heads lie `length` slots apart, so all of it moves."""
+        for old_view, new_view in zip(self.old_views, self.new.views, strict=True):
+            new_view[:, :, :, : self.used].copy_(old_view[:, :, :, : self.used])
+
+
 class CachePool:
     """Token slots for `blocks` blocks; hands out rows first fit.
 
@@ -162,16 +180,20 @@ class CachePool:
         self._free = _merged([*self._free, (rows.offset, rows.slots)])
 
     def extend(self, rows: Rows, length: int) -> None:
-        """Make `rows` `length` slots long, contents kept. Raises `CacheFull` and changes nothing then.
+        """Make `rows` `length` slots long, contents kept. Raises `CacheFull` and changes nothing then."""
+        if length > rows.length:
+            growth = self.grow(rows, length)
+            growth.copy()
+            self.grown(growth)
 
-        Heads lie `length` slots apart, so what is cached is copied once; the old run is free afterwards.
-        """
-        if length <= rows.length:
-            return
+    def grow(self, rows: Rows, length: int) -> Growth:
+        """The same in three parts, of which this is the first. Raises `CacheFull`."""
         new = self.reserve(rows.batch, length, rows.blocks, rows.beside)
-        used = max(rows.positions)
-        for old_view, new_view in zip(rows.views, new.views, strict=True):
-            new_view[:, :, :, :used].copy_(old_view[:, :, :, :used])
+        return Growth(rows, new, rows.views, max(rows.positions))
+
+    def grown(self, growth: Growth) -> None:
+        """All is copied: the rows lie in their new place, and the old one is free."""
+        rows, new = growth.rows, growth.new
         old = Rows(self, rows.offset, rows.batch, rows.length, [], rows.views, rows.blocks, rows.beside)
         rows.offset, rows.length, rows.views = new.offset, new.length, new.views
         self.release(old)

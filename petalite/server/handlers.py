@@ -7,6 +7,7 @@ from collections.abc import Callable
 import trio
 
 from petalite import limits
+from petalite.bloom.cache import Growth
 from petalite.bloom.manifest import Manifest
 from petalite.bloom.span import Span
 from petalite.errors import ErrorCode, RequestError
@@ -14,7 +15,7 @@ from petalite.net.call import Call, Handler, Reply
 from petalite.server.additions import Additions, check_additions, decode_additions
 from petalite.server.executor import Executor
 from petalite.server.push import Pusher
-from petalite.server.sessions import Session
+from petalite.server.sessions import Session, no_session
 from petalite.server.steps import Steps
 from petalite.server.table import Opening, SessionTable
 from petalite.wire import messages
@@ -117,8 +118,22 @@ class Handlers:
         message = messages.Extend.from_wire(call.head)
         now = trio.current_time()
         session = self._table.find(call.peer, message.sid, now)
-        self._table.extend(session, message.max_len, now)
+        growth = self._table.extend(session, message.max_len, now)
+        if growth is not None:
+            await self._copy(session, growth)
+            if self._table.find(call.peer, message.sid, trio.current_time()) is not session:
+                raise no_session()
         return Reply(messages.ExtendReply(max_len=session.rows.length).to_wire())
+
+    async def _copy(self, session: Session, growth: Growth) -> None:
+        """Off the event loop; to the end in any case: others may have a place only once nobody writes to it."""
+        copied = False
+        with trio.CancelScope(shield=True):
+            try:
+                await self._executor.aside(growth.copy)
+                copied = True
+            finally:
+                self._table.extended(session, growth, trio.current_time(), copied=copied)
 
     async def status(self, call: Call) -> Reply:
         session = self._table.find(call.peer, messages.Status.from_wire(call.head).sid, trio.current_time())

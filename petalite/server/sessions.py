@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from petalite import limits
-from petalite.bloom.cache import Rows
+from petalite.bloom.cache import Growth, Rows
 from petalite.bloom.span import Span
 from petalite.errors import ErrorCode, LocalProtocolError, RequestError
 from petalite.identity import PeerId
@@ -74,7 +74,8 @@ class Watcher:
 class Session:
     """One caller's KV cache over a span. `n` is the number of the next step; `rows` know the position.
 
-    `early` stands for the one push that may wait for the step before it.
+    `early` stands for the one push that may wait for the step before it. `growth`: its cache is being copied to a
+    longer place, and its next step waits for that.
     """
 
     owner: PeerId
@@ -88,6 +89,7 @@ class Session:
     last_answer: Answer | None = None
     running: Running | None = None
     early: object | None = None
+    growth: Growth | None = None
     watchers: list[Watcher] = field(default_factory=list)
     state: SessionState = SessionState.OPENED
 
@@ -111,8 +113,8 @@ class Session:
 
     @property
     def in_progress(self) -> bool:
-        """A step runs or waits for its turn: the session is not to be touched."""
-        return self.state in IN_PROGRESS
+        """A step runs or waits for its turn, or the cache is copied: the session is not to be touched."""
+        return self.state in IN_PROGRESS or self.growth is not None
 
     def parked(self, now: float) -> bool:
         """Unused for so long that it may go for another's sake."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from petalite import limits
-from petalite.bloom.cache import CachePool
+from petalite.bloom.cache import CachePool, Growth
 from petalite.bloom.span import Span
 from petalite.errors import ErrorCode, RequestError
 from petalite.identity import PeerId
@@ -204,8 +204,9 @@ class SessionTable:
         """Admit a step: its kept Answer if it was done before, else the Running that stands for it.
 
         A Running without `cancel` is fresh: the caller's to run and to `settle`. None: wait until something happens to
-        the session, then ask again: a step that nobody wants is on its way out; or this is a push, `push` stands for
-        it, and the step before it runs. `load`: tokens of this peer that wait or run already.
+        the session, then ask again: a step that nobody wants is on its way out; or the cache is copied to a longer
+        place; or this is a push, `push` stands for it, and the step before it runs. `load`: tokens of this peer that
+        wait or run already.
         """
         session.used_at = now
         running = session.running
@@ -223,6 +224,8 @@ class SessionTable:
             return session.last_answer
         if push is not None and running is not None and step.n == session.n + 1 and session.early in (None, push):
             session.early = push
+            return None
+        if session.growth is not None:
             return None
         following = session.allow(SessionEvent.STEP)
         if step.n != session.n:
@@ -322,17 +325,35 @@ class SessionTable:
 
     # Length and end
 
-    def extend(self, session: Session, length: int, now: float) -> None:
-        """Make room for `length` tokens a row; what is cached stays."""
+    def extend(self, session: Session, length: int, now: float) -> Growth | None:
+        """Reserve room for `length` tokens a row: have the Growth copied, then call `extended`. None: there is room."""
         session.used_at = now
         session.advance(SessionEvent.EXTEND)
-        if length > session.rows.length:
-            before = session.tokens
-            rows = session.rows
-            self._make_room(session.owner, rows.batch, length, now, beside=rows.beside, spare=session)
-            self.pool.extend(session.rows, length)
-            self._held[session.owner] += session.tokens - before
-            self._serve_openings(now)
+        if session.growth is not None:
+            raise RequestError(ErrorCode.BUSY, "the session is being extended", {"retry": True, "after": 100})
+        rows = session.rows
+        if length <= rows.length:
+            return None
+        self._make_room(session.owner, rows.batch, length, now, beside=rows.beside, spare=session)
+        growth = session.growth = self.pool.grow(rows, length)
+        self._held[session.owner] += growth.new.slots
+        return growth
+
+    def extended(self, session: Session, growth: Growth, now: float, *, copied: bool = True) -> None:
+        """No thread copies any more. Where all went well the session goes on in its new place, which otherwise is free
+        again, as the old one is where the session has been closed meanwhile.
+        """
+        went_well = copied and session.growth is growth
+        freed = session.tokens if went_well else growth.new.slots
+        if went_well:
+            self.pool.grown(growth)
+        else:
+            self.pool.release(growth.new)
+        self._held -= Counter({session.owner: freed})
+        if session.growth is growth:
+            session.used_at, session.growth = now, None
+            session.notify()
+        self._serve_openings(now)
 
     def close(self, owner: PeerId, sid: bytes, now: float) -> None:
         """Forget a session; closing one that is not there is fine."""
@@ -359,6 +380,7 @@ class SessionTable:
         self._by_owner -= Counter({session.owner: 1})
         self._held -= Counter({session.owner: session.tokens})
         self._unkeep(session)
+        session.growth = None
         if session.state is SessionState.ABSENT:
             self.pool.release(session.rows)
         elif session.running is not None and session.running.cancel is not None:

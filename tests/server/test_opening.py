@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
+import torch
 import trio
 from hypothesis import given
 from hypothesis import strategies as st
 from trio.testing import wait_all_tasks_blocked
 
 from petalite import limits
+from petalite.bloom.cache import Growth
 from petalite.errors import ErrorCode, RequestError
+from petalite.server.executor import run_in_thread
 from petalite.wire import messages, packing
 
 
@@ -131,6 +136,104 @@ async def test_extend(tools, make_server) -> None:
     assert (await refused(ErrorCode.RESOURCES, extend(60))).detail["retry"] is True  # old and new must both fit
     assert await client.status() == (1, 4, 16)
     await client.step(tools.hidden(12), 1, 4)
+
+
+def extension(tools, length: int) -> messages.Extend:
+    return messages.Extend(sid=tools.sid(1), max_len=length)
+
+
+async def test_the_event_loop_does_not_copy_what_an_extended_session_holds(tools, make_server, monkeypatch) -> None:
+    threads: list[int] = []
+    copy = Growth.copy
+
+    def copy_seen(growth: Growth) -> None:
+        threads.append(threading.get_ident())
+        copy(growth)
+
+    monkeypatch.setattr(Growth, "copy", copy_seen)
+    server = await make_server(runner=run_in_thread)
+    client = tools.Client(server)
+    await client.open(max_len=8)
+    x = tools.hidden(12)
+    await client.run(x[:, :8], 0, 0)
+    await client.request("extend", extension(tools, 16))
+    assert threads and threading.get_ident() not in threads
+    expected = tools.make_span()(x)[:, 8:]
+    torch.testing.assert_close(await client.run(x[:, 8:], 1, 8), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("push", [False, True])
+async def test_what_comes_while_a_session_is_copied(tools, make_server, autojump_clock, push) -> None:
+    runner = tools.HeldRunner()
+    server = await make_server(runner=runner)
+    client, named = tools.Client(server), tools.Client(server, tools.BOB)
+    await client.open(max_len=8, from_=bytes(tools.BOB))
+    x = tools.hidden(12)
+    outputs: list[torch.Tensor] = []
+
+    async def next_step() -> None:
+        message, body = tools.step_message(x[:, 8:], 1, 8)
+        if push:
+            fields = {"owner": bytes(tools.ALICE), "sid": tools.sid(1), "n": 1, "pos": 8, "tensors": message.tensors}
+            await named.request("push", messages.Push(**fields), body)
+        outputs.append(tools.output_of(await client.request("step", message, body)))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(client.run, x[:, :8], 0, 0)
+        await wait_all_tasks_blocked()
+        await runner.step()
+        nursery.start_soon(client.request, "extend", extension(tools, 16))
+        await wait_all_tasks_blocked()
+        assert server.pool.free == 64 - 8 - 16
+        nursery.start_soon(next_step)
+        await wait_all_tasks_blocked()
+        assert runner.entered == 2  # the first step and the copy
+        assert (await refused(ErrorCode.BUSY, client.request("extend", extension(tools, 20)))).detail["retry"] is True
+        assert await client.status() == (1, 8, 8)
+        await client.run(x[:, :8], 0, 0)  # a retry has its answer
+        await trio.sleep(10 * limits.SESSION_IDLE_SECONDS)
+        await refused(ErrorCode.RESOURCES, named.open(1, max_len=50))  # it is not evicted, nor lapses
+        await runner.step()
+        assert await client.status() == (1, 8, 16)
+        assert server.pool.free == 64 - 16
+        runner.let_go()
+    torch.testing.assert_close(outputs[0], tools.make_span()(x)[:, 8:], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["closed", "cancelled", "closed and opened"])
+async def test_nobody_gets_a_place_that_is_still_copied_to(tools, make_server, how) -> None:
+    runner = tools.HeldRunner()
+    server = await make_server(runner=runner)
+    client = tools.Client(server)
+    await client.open(max_len=8)
+    scope = trio.CancelScope()
+
+    async def extend() -> None:
+        with scope:
+            if how == "cancelled":
+                await client.request("extend", extension(tools, 16))  # nobody hears the answer
+            else:
+                await refused(ErrorCode.NO_SESSION, client.request("extend", extension(tools, 16)))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(extend)
+        await wait_all_tasks_blocked()
+        if how == "cancelled":
+            scope.cancel()
+        else:
+            await client.close()
+        if how == "closed and opened":
+            await client.open(max_len=8)
+        await wait_all_tasks_blocked()
+        assert server.pool.free == 64 - 16 - (0 if how == "closed" else 8)
+        runner.let_go()
+    left = {"closed": 64, "cancelled": 64 - 16, "closed and opened": 64 - 8}[how]
+    assert server.pool.free == left
+    if how != "closed":
+        await client.run(tools.hidden(8), 0, 0)
+        await client.close()
+    assert server.pool.free == 64
+    await tools.Client(server).open(2, max_len=64 // 2)  # nothing counts against its owner any more
 
 
 # --- time -------------------------------------------------------------------------------------------------------------

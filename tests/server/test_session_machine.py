@@ -189,9 +189,15 @@ class TableMachine(RuleBasedStateMachine):
     def extend(self, key, length) -> None:
         owner, number = key
         before = set(self.table._sessions)
-        got = self.outcome(
-            lambda: self.table.extend(self.table.find(owner, tools.sid(number), self.now), length, self.now)
-        )
+
+        def extend_whole() -> None:
+            session = self.table.find(owner, tools.sid(number), self.now)
+            growth = self.table.extend(session, length, self.now)
+            if growth is not None:
+                growth.copy()
+                self.table.extended(session, growth, self.now)
+
+        got = self.outcome(extend_whole)
         held = self.known(key)
         for peer, sid in before - set(self.table._sessions) - {(owner, tools.sid(number))}:
             assert self.model.pop((peer, int.from_bytes(sid, "big"))).running is None

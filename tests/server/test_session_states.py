@@ -70,7 +70,11 @@ class Driver:
         elif event is E.REPEAT:
             self.step(back=1)
         elif event is E.EXTEND:
-            self.table.extend(self.found(), 20, self.now)
+            session = self.found()
+            growth = self.table.extend(session, 20, self.now)
+            if growth is not None:
+                growth.copy()
+                self.table.extended(session, growth, self.now)
         elif event is E.STATUS:
             self.found()
         elif event is E.CLOSE:

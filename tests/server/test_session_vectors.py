@@ -72,7 +72,10 @@ class Player:
 
     def extend(self, event, owner, now):
         session = self.found(event, owner, now)
-        self.table.extend(session, event["max_len"], now)
+        growth = self.table.extend(session, event["max_len"], now)
+        if growth is not None:
+            growth.copy()
+            self.table.extended(session, growth, now)
         return {"max_len": session.rows.length}
 
     def close(self, event, owner, now):
