@@ -1,7 +1,9 @@
 """One decode step through two server processes on loopback, less the same blocks run here: the price of a hop.
 
-The embedded model in two halves. Each round measures local steps, steps that the client relays, and steps that the
-first server pushes to the second, one after the other, so that a busy machine is busy for all of them.
+The embedded model in two halves. Steps that the client relays, steps that the first server pushes to the second, and
+steps through both halves in this process take turns, one by one: so all meet the same machine, and none finds its code
+and weights in the processor's caches because it has just used them. Steps here that follow one another are shown too:
+that is what blocks cost which have a processor for themselves, and no program that makes text runs them so.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import argparse
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import torch
 import trio
@@ -21,8 +23,6 @@ from petalite.bloom.loading import load_span
 from petalite.bloom.packed import pack
 from petalite.cli.processes import running_servers
 from petalite.client.api import RemoteModel, join
-from petalite.client.model import Model
-from petalite.client.session import InferenceSession
 from petalite.identity import Address
 from petalite.models import FAIRYTALE, find_model
 from tools.bench._result import Result, machine
@@ -30,19 +30,20 @@ from tools.bench._result import Result, machine
 SPANS = ((0, 4), (4, 8))
 PROMPT_TOKENS = 64
 BAR_MS = 1.5
+WARM_UP = 50  # steps of each kind that do not count
+LOOP = "local, in a loop"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rounds", type=int, default=6, help="rounds of each measurement")
-    parser.add_argument("--steps", type=int, default=50, help="steps in a round")
+    parser.add_argument("--steps", type=int, default=300, help="of each kind")
     parser.add_argument("--wire", choices=("f32", "f16"), default="f16", help="activations on the wire")
 
 
 def run(arguments: argparse.Namespace) -> Result:
     os.environ["OMP_NUM_THREADS"] = "1"  # of the servers; two threads for one token cost more than they bring
     torch.set_num_threads(1)
-    result = Result("step", machine() | {"steps": arguments.steps * arguments.rounds, "wire": arguments.wire})
-    times = trio.run(_measure, arguments.rounds, arguments.steps, arguments.wire)
+    result = Result("step", machine() | {"steps": arguments.steps, "wire": arguments.wire})
+    times = trio.run(_measure, arguments.steps, arguments.wire)
     local = statistics.median(times["local"])
     for name, seconds in times.items():
         step = statistics.median(seconds)
@@ -55,47 +56,35 @@ def run(arguments: argparse.Namespace) -> Result:
                 "ratio to local": step / local,
             }
         )
-        if name != "local":
+        if name in ("relayed", "pushed"):
             result.bars[f"{name}: at most {BAR_MS} ms a hop"] = 1e3 * (step - local) / len(SPANS) <= BAR_MS
     return result
 
 
-async def _measure(rounds: int, steps: int, wire: str) -> dict[str, list[float]]:
+async def _measure(steps: int, wire: str) -> dict[str, list[float]]:
     """Seconds of each step, by its way."""
-    times: dict[str, list[float]] = {"local": [], "relayed": [], "pushed": []}
     async with running_servers(FAIRYTALE, SPANS) as servers:
         peers: list[str | Address] = [server.address for server in servers]
         async with join(peers, lan=False) as swarm:
             pushed = await swarm.load(FAIRYTALE, wire=wire)
             relayed = RemoteModel(swarm.node, pushed.parts, wire=wire, push=False)
-            length = PROMPT_TOKENS + (rounds + 1) * steps
+            length = PROMPT_TOKENS + 3 * (steps + WARM_UP)
             local = _local_step(length)
+            hidden = await relayed.embed([list(range(4, 4 + PROMPT_TOKENS))])
             async with relayed.session(max_len=length) as first, pushed.session(max_len=length) as second:
-                hidden = await relayed.embed([list(range(4, 4 + PROMPT_TOKENS))])
-                local(hidden)
-                for number in range(rounds + 1):  # the first one warms up
-                    kept = times if number else {name: [] for name in times}
-                    for _ in range(steps):
+                ways = {"relayed": first.step, "local": local, "pushed": second.step, "local ": local, LOOP: local}
+                for run in (first.step, second.step, local):
+                    await run(hidden)
+                times: dict[str, list[float]] = {name.strip(): [] for name in ways}
+                for _ in range(steps + WARM_UP):
+                    for name, run in ways.items():
                         started = time.perf_counter()
-                        local(hidden[:, :1])
-                        kept["local"].append(time.perf_counter() - started)
-                    kept["relayed"] += await _remote(first, relayed, hidden, steps)
-                    kept["pushed"] += await _remote(second, pushed, hidden, steps)
-    return times
+                        await run(hidden[:, :1])
+                        times[name.strip()].append(time.perf_counter() - started)
+    return {name: seconds[WARM_UP * len(seconds) // (steps + WARM_UP) :] for name, seconds in times.items()}
 
 
-async def _remote(session: InferenceSession, model: Model, hidden: torch.Tensor, steps: int) -> list[float]:
-    if not session.position:
-        await session.step(hidden)
-    seconds = []
-    for _ in range(steps):
-        started = time.perf_counter()
-        await session.step(hidden[:, :1])
-        seconds.append(time.perf_counter() - started)
-    return seconds
-
-
-def _local_step(length: int) -> Callable[[torch.Tensor], None]:
+def _local_step(length: int) -> Callable[[torch.Tensor], Awaitable[object]]:
     """The blocks of both servers in this process, each half packed and with a cache of its own as there."""
     directory = find_model(FAIRYTALE)
     config = BloomConfig.load(directory)
@@ -106,7 +95,7 @@ def _local_step(length: int) -> Callable[[torch.Tensor], None]:
         pool = CachePool(config, end - start, length, dtype=torch.float32)
         halves.append((span, pool.reserve(1, length)))
 
-    def step(hidden: torch.Tensor) -> None:
+    async def step(hidden: torch.Tensor) -> None:
         with torch.inference_mode():
             for span, rows in halves:
                 hidden = span.step(hidden, rows)
