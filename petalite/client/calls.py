@@ -131,11 +131,11 @@ class Calls:
 
     def connected(self, hop: Hop) -> bool:
         """Whether a request to the server needs no dialling."""
-        return _connection(self._node, hop.peer) is not None
+        return self._node.endpoint.connected(hop.peer) is not None
 
     def watch(self, hop: Hop, ended: Callable[[], None]) -> Callable[[], None]:
         """Call `ended` when the connection to the server ends, at once if there is none; gives what stops that."""
-        connection = _connection(self._node, hop.peer)
+        connection = self._node.endpoint.connected(hop.peer)
         if connection is None:
             ended()
             return lambda: None
@@ -144,7 +144,7 @@ class Calls:
 
     async def close(self, hop: Hop) -> None:
         """Tell the server that it may forget, if there is a connection; silent about one that is gone."""
-        connection = _connection(self._node, hop.peer)
+        connection = self._node.endpoint.connected(hop.peer)
         if connection is None:
             return
         try:
@@ -167,7 +167,7 @@ async def ask(
 
     `options` and errors are those of `PeerConnection.request`, and PeerUnreachable.
     """
-    connection = _connection(node, peer) or await _connect(node, peer)
+    connection = node.endpoint.connected(peer) or await _connect(node, peer)
     try:
         return await connection.request(method, head, body, **options)
     except PeerSilent:
@@ -176,11 +176,6 @@ async def ask(
         log.debug("peer %s..: %s; trying a new connection", peer.short, error)
     connection = await _connect(node, peer)
     return await connection.request(method, head, body, **options)
-
-
-def _connection(node: Node, peer: PeerId) -> PeerConnection | None:
-    connection = node.endpoint.connections.get(peer)
-    return None if connection is None or connection.leaving else connection
 
 
 async def _connect(node: Node, peer: PeerId) -> PeerConnection:

@@ -447,7 +447,9 @@ class InferenceSession:
         parts = [Part(send) for send in action.sends]
         try:
             async with open_flat_nursery() as nursery:
-                for i in range(len(parts)):
+                nursery.start_soon(self._push_part, parts, 0)
+                await trio.lowlevel.checkpoint()  # the step first: nobody waits for what is said to the others
+                for i in range(1, len(parts)):
                     nursery.start_soon(self._push_part, parts, i)
         finally:
             for part in parts:

@@ -145,14 +145,39 @@ class PeerConnection:
         Cancelled: the peer is told. `body` must not change before the reply is there.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
+        deadline = trio.current_effective_deadline()
+        return await self.finish(
+            self.begin(method, head, body, deadline, priority=priority, max_reply=max_reply, on_progress=on_progress)
+        )
+
+    def begin(
+        self,
+        method: str,
+        head: Mapping[str, Any] | None,
+        body: Sequence[Buffer],
+        deadline: float,
+        *,
+        priority: Priority = Priority.STEP,
+        max_reply: int = 0,
+        on_progress: OnProgress | None = None,
+    ) -> OwnRequest:
+        """Ask, without waiting even for a turn of the loop; `finish` must follow. `deadline`: on trio's clock.
+
+        Raises PeerUnreachable and LocalProtocolError as `request` does.
+        """
         now = trio.current_time()
-        left = trio.current_effective_deadline() - now
+        left = deadline - now
         deadline_ms = None if left == math.inf else max(0, math.ceil(left * 1000))
         request = self._core.send_request(
             method, head or {}, body, now=now, priority=priority, max_reply=max_reply, deadline_ms=deadline_ms
         )
-        waiter = request.waiter = _Waiter(on_progress)
+        request.waiter = _Waiter(on_progress)
         self._flush()
+        return request
+
+    async def finish(self, request: OwnRequest) -> Reply:
+        """The reply to what was begun; errors and cancellation are those of `request`."""
+        waiter: _Waiter = request.waiter
         try:
             await waiter.done.wait()
         finally:

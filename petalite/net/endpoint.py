@@ -132,13 +132,15 @@ class Endpoint:
         lock = self._dial_locks.setdefault(peer, trio.Lock())
         try:
             async with lock:
-                known = self.connections.get(peer)
-                if known is not None and not known.leaving:
-                    return known
-                return await self._dial_any(addresses)
+                return self.connected(peer) or await self._dial_any(addresses)
         finally:
             if not lock.locked() and self._dial_locks.get(peer) is lock:
                 del self._dial_locks[peer]
+
+    def connected(self, peer: PeerId) -> PeerConnection | None:
+        """The connection to `peer`, if there is one that takes requests."""
+        connection = self.connections.get(peer)
+        return None if connection is None or connection.leaving else connection
 
     async def _dial_any(self, addresses: tuple[Address, ...]) -> PeerConnection:
         problem: HandshakeError | PeerUnreachable | None = None
@@ -158,8 +160,7 @@ class Endpoint:
         """Shake hands as initiator over `transport` and keep the connection running in the background."""
         connection = await self._establish(transport, Role.INITIATOR, expected)
         self.background.start_soon(self._run, connection)
-        winner = self.connections.get(connection.peer)
-        return winner if winner is not None and not winner.leaving else connection
+        return self.connected(connection.peer) or connection
 
     async def _establish(self, transport: Transport, role: Role, expected: PeerId | None) -> PeerConnection:
         try:

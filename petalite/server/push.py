@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import trio
@@ -12,8 +12,10 @@ import trio
 from petalite import limits
 from petalite.errors import ErrorCode, PetaliteError, RequestError
 from petalite.identity import PeerId
+from petalite.net.connection import PeerConnection
 from petalite.wire.frames import Buffer
 from petalite.wire.messages import Hop, Push
+from petalite.wire.streams import OwnRequest
 from petalite.wire.writer import Priority
 
 log = logging.getLogger("petalite.server")
@@ -37,12 +39,15 @@ class Pusher:
     def __init__(self) -> None:
         self._own: PeerId | None = None
         self._send: Send | None = None
+        self._connected: Callable[[PeerId], PeerConnection | None] = lambda peer: None
         self._nursery: trio.Nursery | None = None
         self._under_way: Counter[object] = Counter()
 
-    def enable(self, own: PeerId, send: Send) -> None:
-        """Push from now on, as peer `own`, by `send`."""
-        self._own, self._send = own, send
+    def enable(
+        self, own: PeerId, send: Send, connected: Callable[[PeerId], PeerConnection | None] = lambda peer: None
+    ) -> None:
+        """Push from now on, as peer `own`, by `send`, or at once where the peer is `connected`."""
+        self._own, self._send, self._connected = own, send, connected
 
     @property
     def enabled(self) -> bool:
@@ -64,7 +69,8 @@ class Pusher:
             raise RequestError(ErrorCode.BAD_REQUEST, "field 'next' leads back")
 
     def start(self, peer: PeerId, push: Push, body: Sequence[Buffer], priority: Priority, deadline: float) -> None:
-        """Send `push` to `peer` before `deadline` (trio's clock); returns at once.
+        """Send `push` to `peer` before `deadline` (trio's clock); returns at once. Over a connection that is there it
+        has left by then, as far as the transport takes it.
 
         What a stalled peer keeps from leaving is bounded: MAX_PUSHES of a session, PUSH_SECONDS each.
         """
@@ -72,18 +78,38 @@ class Pusher:
         if self._nursery is None or self._under_way[key] >= limits.MAX_PUSHES:
             log.debug("step %d is not pushed to %s..", push.n, peer.short)
             return
-        self._under_way[key] += 1
-        self._nursery.start_soon(self._push, peer, push, body, priority, deadline)
-
-    async def _push(
-        self, peer: PeerId, push: Push, body: Sequence[Buffer], priority: Priority, deadline: float
-    ) -> None:
         deadline = min(deadline, trio.current_time() + limits.PUSH_SECONDS)
+        connection, request = self._connected(peer), None
+        if connection is not None:
+            try:
+                request = connection.begin("push", push.to_wire(), body, deadline, priority=priority)
+            except PetaliteError as error:
+                _tell_failed(peer, push, error)
+                return
+        self._under_way[key] += 1
+        self._nursery.start_soon(self._see_through, peer, push, body, priority, deadline, connection, request)
+
+    async def _see_through(
+        self,
+        peer: PeerId,
+        push: Push,
+        body: Sequence[Buffer],
+        priority: Priority,
+        deadline: float,
+        connection: PeerConnection | None,
+        request: OwnRequest | None,
+    ) -> None:
         try:
             with trio.fail_at(deadline):
-                if self._send is not None:
+                if connection is not None and request is not None:
+                    await connection.finish(request)
+                elif self._send is not None:
                     await self._send(peer, "push", push.to_wire(), body, priority)
         except (PetaliteError, trio.TooSlowError) as error:
-            log.info("push of step %d to peer %s.. failed: %s", push.n, peer.short, error or "deadline passed")
+            _tell_failed(peer, push, error)
         finally:
             self._under_way -= Counter({(push.owner, push.sid): 1})
+
+
+def _tell_failed(peer: PeerId, push: Push, error: Exception) -> None:
+    log.info("push of step %d to peer %s.. failed: %s", push.n, peer.short, error or "deadline passed")

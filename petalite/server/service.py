@@ -322,7 +322,7 @@ class Service:
             if reason:
                 self._notice(f"running without CUDA graphs: {reason}")
         if options.push:
-            server.pusher.enable(self.node.endpoint.peer_id, self._send_push)
+            server.pusher.enable(self.node.endpoint.peer_id, self._send_push, self.node.endpoint.connected)
         if self._nursery is None:
             raise PetaliteError("the service is not running")
         await self._nursery.start(server.run)
@@ -344,8 +344,8 @@ class Service:
         self, peer: PeerId, method: str, head: Mapping[str, Any], body: Sequence[Buffer], priority: Priority, /
     ) -> None:
         """Over the connection that is there, or one dialled to where the peer itself says it is (PT-SES, push)."""
-        connection = self.node.endpoint.connections.get(peer)
-        if connection is None or connection.leaving:
+        connection = self.node.endpoint.connected(peer)
+        if connection is None:
             addresses = self._proven_addresses(peer)
             if not addresses:
                 await self._look_for_servers()

@@ -20,6 +20,7 @@ from petalite.server.executor import Executor, StepWork
 from petalite.server.push import Pusher
 from petalite.server.scheduler import SHORT_TOKENS, Job
 from petalite.server.sessions import Answer, Running, Session, Watcher, step_digest
+from petalite.server.state import SessionState
 from petalite.server.table import SessionTable
 from petalite.wire import messages
 from petalite.wire.tensors import Descriptor, total_size
@@ -116,9 +117,9 @@ class Steps:
                 outcome = _as_pushed(job.error) if running.pushed else job.error
             elif isinstance(job.result, Answer) and not job.abandoned:
                 outcome = job.result
+            if isinstance(outcome, Answer) and session.state is not SessionState.ENDING:
+                self._push_on(session, running.step, outcome, deadline)  # on before back: others wait for it
             self._table.settle(session, outcome, trio.current_time(), broken=work.reordered)
-            if isinstance(running.outcome, Answer):
-                self._push_on(session, running.step, running.outcome, deadline)
 
         step = running.step
         batch, tokens, _ = step.tensors[0].shape

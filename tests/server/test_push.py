@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ from trio.testing import wait_all_tasks_blocked
 
 from petalite import limits
 from petalite.errors import ErrorCode, PeerLost, RequestError
-from petalite.wire import messages
+from petalite.net.call import Call
+from petalite.wire import messages, packing
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 SPANS = [(0, 1), (1, 3), (3, 4)]
@@ -218,6 +220,30 @@ async def test_a_server_that_does_not_push_ignores_the_route(tools, make_server)
     assert info.push is None
     server.pusher.enable(tools.EVE, None)
     assert messages.InfoReply.from_wire(dict((await client.request("info", messages.Empty())).head)).push is None
+
+
+async def test_over_a_connection_that_is_there_the_push_leaves_first(tools, make_server) -> None:
+    order: list[str] = []
+
+    class Line:
+        def begin(self, method, head, body, deadline, *, priority) -> object:
+            order.append(f"{method} {head['n']}")
+            return object()
+
+        async def finish(self, request) -> None:
+            order.append("seen through")
+
+    server = await make_server()
+    server.pusher.enable(tools.EVE, lambda *asked: None, lambda peer: Line())
+    await tools.Client(server).open()
+    step, body = tools.step_message(tools.hidden(1), 0, 0, next=(messages.Hop(peer=b"n" * 32, sid=tools.sid(1)),))
+    request: Any = SimpleNamespace(progress=None)
+    later = server.methods["step"](
+        Call(tools.ALICE, "step", packing.decode(packing.encode(step.to_wire())), body, request)
+    )
+    later.tell(lambda outcome: order.append("copy"))
+    await wait_all_tasks_blocked()
+    assert order == ["push 0", "copy", "seen through"]
 
 
 # --- push and copy ----------------------------------------------------------------------------------------------------

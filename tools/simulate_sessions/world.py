@@ -238,7 +238,7 @@ class World:
         place = Place(server, endpoint, host, address, rate)
         endpoint.handlers.update({method: self._tapped(place, each) for method, each in server.methods.items()})
         if push:
-            server.pusher.enable(endpoint.peer_id, self._sender(endpoint))
+            server.pusher.enable(endpoint.peer_id, self._sender(endpoint), endpoint.connected)
         self.places.append(place)
         return place
 
