@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -123,14 +124,18 @@ def random_span(
     device: torch.device | str,
     quantize: bool = False,
     seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Span:
     """Blocks [start, end) with random weights made on `device`, of about the scale that trained ones have.
 
-    For benchmarks of models that no disk holds: nothing is read, and nothing but the blocks is allocated.
+    For benchmarks of models that no disk holds: nothing is read, and nothing but the blocks is allocated. `progress` by
+    blocks.
     """
     generator = torch.Generator(device=device).manual_seed(seed)
-    blocks = []
+    blocks: list[Block] = []
     for _ in range(start, end):
+        if progress is not None:
+            progress(len(blocks), end - start)
         with torch.device("meta"):
             block = Block(config)
             if quantize:

@@ -55,6 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-transformers", action="store_true", help="leave out the comparison")
     parser.add_argument("--serve", metavar="JSON", help=argparse.SUPPRESS)
     parser.add_argument("--gpus", type=int, help="servers, if not one a GPU")
+    parser.add_argument("--first", type=int, help="blocks on the first GPU, which has the client's share too")
+    parser.add_argument("--cache", type=int, default=CACHE_TOKENS, help="tokens of cache a server takes")
     parser.add_argument("--transformers", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--decode", metavar="ADDRESS", nargs="+", help=argparse.SUPPRESS)
 
@@ -79,7 +81,7 @@ def run(arguments: argparse.Namespace) -> Result | None:
         _check(config, result)
         return result
     theirs: dict[str, float] = {}
-    if not arguments.no_transformers:
+    if not arguments.no_transformers and arguments.model != "176b":  # theirs, in bfloat16, would fit nowhere
         out = _this_script(arguments, "--transformers", "--prefixes", *map(str, arguments.prefixes))
         theirs = json.loads(subprocess.run(out, capture_output=True, check=True, text=True).stdout.splitlines()[-1])
     with _servers(config, arguments) as addresses:
@@ -98,6 +100,7 @@ def _config(arguments: argparse.Namespace) -> BloomConfig:
 
 def _this_script(arguments: argparse.Namespace, *words: str) -> list[str]:
     command = [sys.executable, str(Path(__file__).parent), "gpu", "--model", arguments.model, *words]
+    command += ["--cache", str(arguments.cache)]
     if arguments.layers:
         command += ["--layers", str(arguments.layers)]
     return command + (["--quantize"] if arguments.quantize else [])
@@ -123,7 +126,10 @@ def _sync() -> None:
 def _servers(config: BloomConfig, arguments: argparse.Namespace) -> Iterator[list[Address]]:
     """One server process a GPU, the blocks shared evenly; ended with the block."""
     count = arguments.gpus or max(1, torch.cuda.device_count())
-    borders = [config.n_layer * i // count for i in range(count + 1)]
+    first = arguments.first or config.n_layer // count
+    others = max(1, count - 1)
+    borders = [0, *(first + (config.n_layer - first) * i // others for i in range(others)), config.n_layer]
+    borders = borders[: count] + [config.n_layer]
     processes = []
     try:
         for index in range(count):
@@ -150,21 +156,34 @@ async def _serve(config: BloomConfig, arguments: argparse.Namespace, told: dict[
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(1)
-    span = random_span(config, told["start"], told["end"], dtype=_dtype(), device=device, quantize=arguments.quantize)
+    span = random_span(
+        config, told["start"], told["end"],
+        dtype=_dtype(), device=device, quantize=arguments.quantize, progress=_progress("blocks"),
+    )  # fmt: skip
     server = BlockServer(
         span,
         Manifest(config, {}),
         "bench",
-        cache_tokens=CACHE_TOKENS,
+        cache_tokens=arguments.cache,
         here=lambda function: function(),
     )
-    reason = server.accelerate()
+    reason = server.accelerate(_progress("graphs"))
     print(reason or "fast", file=sys.stderr, flush=True)
     async with open_endpoint(Identity.generate(), handlers=server.methods) as endpoint, trio.open_nursery() as nursery:
         await nursery.start(server.run)
         (address,) = await endpoint.listen("127.0.0.1", 0)
         print(address, flush=True)
         await trio.sleep_forever()
+
+
+def _progress(what: str) -> Callable[[int, int], None]:
+    """One line in ten, on stderr: large models take a while."""
+
+    def report(done: int, total: int) -> None:
+        if done % max(1, total // 10) == 0:
+            print(f"{what}: {done} of {total}", file=sys.stderr, flush=True)
+
+    return report
 
 
 # --- client ----------------------------------------------------------------------------------------------------------
@@ -222,7 +241,13 @@ async def _measure(
             row["transformers prefill"] = theirs.get(f"prefill {prefix}", "-")
             row["steps ratio"] = steps / theirs[f"steps {prefix}"] if theirs else "-"
             row["prefill ratio"] = prefill / theirs[f"prefill {prefix}"] if theirs else "-"
-            result.rows.append(row)
+            _add(result, row)
+
+
+def _add(result: Result, row: dict[str, Any]) -> None:
+    """Shown at once too: what was measured is not lost where the rest fails."""
+    print(json.dumps(row), file=sys.stderr, flush=True)
+    result.rows.append(row)
 
 
 def _measure_sessions(arguments: argparse.Namespace, addresses: list[Address], result: Result) -> None:
@@ -230,14 +255,13 @@ def _measure_sessions(arguments: argparse.Namespace, addresses: list[Address], r
     alone = _together(arguments, addresses, 1)[0]
     for sessions in arguments.sessions:
         rates = _together(arguments, addresses, sessions)
-        result.rows.append(
-            {
-                "sessions": sessions,
-                "steps/s in all": sum(rates),
-                "times one session": sum(rates) / alone,
-                "least share": min(rates) / (sum(rates) / sessions),
-            }
-        )
+        row = {
+            "sessions": sessions,
+            "steps/s in all": sum(rates),
+            "times one session": sum(rates) / alone,
+            "least share": min(rates) / (sum(rates) / sessions),
+        }
+        _add(result, row)
 
 
 def _together(arguments: argparse.Namespace, addresses: list[Address], sessions: int) -> list[float]:
