@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +73,7 @@ def accelerate(span: Span, pool: CachePool, progress: Callable[[int, int], None]
 
 def accelerate_ends(embeddings: Embeddings, head: Head) -> tuple[FastEnds | None, str]:
     """Embeddings and head as graphs, or None and why not. Blocking."""
-    weight = head.lm_head.weight
+    weight = head.ln_f.weight
     kernels, reason = _kernels(weight.device, weight.dtype)
     if reason:
         return None, reason
@@ -263,16 +263,29 @@ class FastSpan(Span):
         return y
 
 
+class Ends(Protocol):
+    """Embeddings and head on a device that works while others do."""
+
+    def begin(self, hidden: Tensor) -> Underway[tuple[list[int], Tensor]] | None:
+        """hidden (B, C) of one position each, on the host -> the B likeliest tokens, their embeddings (B, 1, C) on the
+        host; None for too many rows. One call at a time: its result is taken before the next one begins.
+        """
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden (N, C) -> (N, vocabulary) in float32, on the device."""
+
+
 class FastEnds:
-    """The client's half of a greedy step as graphs: hidden states in, the next tokens and their embeddings out."""
+    """`Ends` on CUDA, a greedy choice as one graph. Logits are float32: in half precision many would be equal."""
 
     def __init__(self, embeddings: Embeddings, head: Head, kernels: Any) -> None:
-        weight = head.lm_head.weight
+        self._weight = weight = head.lm_head.weight
         self._device = weight.device
+        self._norm = head.ln_f
+        self._kernels = kernels
 
         def choose(given: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-            normed = kernels.layer_norm(given[0], head.ln_f)
-            tokens = kernels.linear(normed, weight).argmax(dim=-1)
+            tokens = self._logits(given[0]).argmax(dim=-1)
             embedded = F.embedding(tokens, embeddings.word_embeddings.weight)
             return tokens, kernels.layer_norm(embedded, embeddings.word_embeddings_layernorm)
 
@@ -286,11 +299,19 @@ class FastEnds:
                 for batch in BATCHES
             }
 
-    def begin(self, hidden: Tensor) -> Underway[tuple[list[int], Tensor]] | None:
-        """hidden (B, C) of one position, on the host -> B tokens, their embeddings (B, 1, C); None for too many rows.
+    def logits(self, hidden: Tensor) -> Tensor:
+        """As `Ends.logits`: the very numbers that `begin` chooses by."""
+        with torch.inference_mode(), torch.cuda.device(self._device):
+            rows = hidden.to(device=self._device, dtype=self._weight.dtype)
+            return torch.cat([self._logits(part) for part in torch.split(rows, BATCHES[-1])])
 
-        One call at a time: its result is taken before the next one begins.
-        """
+    def _logits(self, hidden: Tensor) -> Tensor:
+        normed = self._kernels.layer_norm(hidden, self._norm)
+        logits: Tensor = self._kernels.linear(normed, self._weight, dtype=torch.float32)
+        return logits
+
+    def begin(self, hidden: Tensor) -> Underway[tuple[list[int], Tensor]] | None:
+        """As `Ends.begin`."""
         batch = hidden.shape[0]
         graph = next((self._graphs[size] for size in BATCHES if size >= batch), None)
         if graph is None:

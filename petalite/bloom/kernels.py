@@ -83,14 +83,16 @@ def linear(
     scale: Tensor | None = None,
     gelu: bool = False,
     residual: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """x (M <= 16, K), weight (N, K) of x's dtype, or int8 with scale float32 (N,); bias (N,) -> (M, N).
+    """x (M <= 16, K), weight (N, K) of x's dtype, or int8 with scale float32 (N,); bias (N,) -> (M, N), in `dtype` if
+    not in x's.
 
     Then GELU in its tanh form, then `residual` (M, N) on top. Sums are in float32 and rounded once, at the end.
     """
     M, K = x.shape
     N = weight.shape[0]
-    y = torch.empty((M, N), dtype=x.dtype, device=x.device)
+    y = torch.empty((M, N), dtype=dtype or x.dtype, device=x.device)
     _linear[lambda meta: (triton.cdiv(N, meta["BN"]),)](
         x, weight, y if scale is None else scale, y if bias is None else bias, y if residual is None else residual, y,
         M, N, K, INT8=scale is not None, BIAS=bias is not None, GELU=gelu, RESIDUAL=residual is not None,

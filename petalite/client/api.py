@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from functools import cached_property
@@ -29,7 +28,7 @@ from petalite.client.generation import (
     real_tokens,
     step_in_time,
 )
-from petalite.client.model import LocalParts, Model, load_local_parts
+from petalite.client.model import LocalParts, Model, accelerated, load_local_parts
 from petalite.client.remote import RemoteBlocks
 from petalite.client.sampling import Sampling
 from petalite.client.searching import pieces_of, search_rows
@@ -165,7 +164,10 @@ class Swarm:
         """
         if wire not in ("auto", "f32", "f16", "bf16", "int8"):
             raise ValueError(f"wire must be auto, f32, f16, bf16 or int8, not {wire!r}")
-        load = functools.partial(load_local_parts, model, device)
+
+        def load() -> LocalParts:
+            return accelerated(load_local_parts(model, device))
+
         parts = await trio.to_thread.run_sync(load, abandon_on_cancel=True)  # others are found meanwhile
         config = parts.config
         self.node.directory.watch(parts.manifest.model_id, config.n_layer, config.hidden_size)

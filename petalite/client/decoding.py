@@ -8,7 +8,7 @@ as a lookup makes it, this is the acceptance rule of Leviathan et al. 2023.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,28 +61,54 @@ class Decoder:
         """logits (B, vocabulary) behind the prompt."""
         return self._next([self._choose(logits)])
 
-    def go_on(self, turn: Turn, output: Tensor, asked: float | None) -> Turn:
-        """output (B, T, C) of the pass that `turn` asked for. `asked`: when; None where the time says nothing."""
+    @property
+    def likeliest(self) -> bool:
+        """Whether every choice is `Model.choose`'s, and what follows it is brief."""
+        return self._sampler.likeliest and not (self._guesser is not None and self._guesser.thinks)
+
+    def go_on(
+        self, turn: Turn, output: Tensor, asked: float | None, likeliest: tuple[list[int], Tensor] | None = None
+    ) -> Turn:
+        """output (B, T, C) of the pass that `turn` asked for. `asked`: when; None where the time says nothing.
+
+        `likeliest`: what `Model.choose` made of the output, if it did.
+        """
         guesses = turn.draft.tokens
         chosen: list[list[int]] = []
         with torch.inference_mode():
-            logits = self._model.logits_here(output.flatten(0, 1))  # of more than one row there is one token each
-            for place, guess in zip(torch.split(logits, len(self._seen)), (*guesses, None), strict=True):
-                chosen.append(self._choose(place))
-                if chosen[-1] != [guess]:
+            for column, guess in zip(self._columns(output, likeliest), (*guesses, None), strict=True):
+                chosen.append(column)
+                if column != [guess]:
                     break
         if self._guesser is not None:
             seconds = None if asked is None else self._clock() - asked + (self._guessing if guesses else 0.0)
             self._guesser.learn(turn.draft, [column[0] for column in chosen], seconds)
-        return self._next(chosen)
+        rows = len(self._seen)
+        embedded = None if likeliest is None else likeliest[1][(len(chosen) - 1) * rows : len(chosen) * rows]
+        return self._next(chosen, embedded)
+
+    def _columns(self, output: Tensor, likeliest: tuple[list[int], Tensor] | None) -> Iterator[list[int]]:
+        """What is chosen in each place, one token a row; each is chosen only when it is asked for."""
+        rows = len(self._seen)
+        if likeliest is None:
+            logits = self._model.logits_here(output.flatten(0, 1))  # of more than one row there is one token each
+            for place in torch.split(logits, rows):
+                yield self._choose(place)
+            return
+        tokens = likeliest[0]
+        for first in range(0, len(tokens), rows):
+            yield self._take(tokens[first : first + rows])
 
     def _choose(self, logits: Tensor) -> list[int]:
-        tokens = self._sampler.choose(logits, self._seen)
+        return self._take(self._sampler.choose(logits, self._seen))
+
+    def _take(self, tokens: list[int]) -> list[int]:
         for row, token in zip(self._seen, tokens, strict=True):
             row.append(token)
         return tokens
 
-    def _next(self, chosen: list[list[int]]) -> Turn:
+    def _next(self, chosen: list[list[int]], embedded: Tensor | None = None) -> Turn:
+        """`embedded` (B, 1, C): the last of `chosen`, if that was made already."""
         began = self._clock()
         self._left -= len(chosen)
         draft = NOTHING
@@ -90,7 +116,9 @@ class Decoder:
             self._guesser.read([column[0] for column in chosen])
             # A pass gives one token more than it has guesses, and stays short: pushed, and preferred by servers.
             draft = self._guesser.guess(self._sampler, min(limits.SHORT_STEP_TOKENS, self._left) - 1)
-        hidden = self._model.embed_here([[token, *draft.tokens] for token in chosen[-1]])
+        hidden = embedded
+        if hidden is None or draft.tokens:
+            hidden = self._model.embed_here([[token, *draft.tokens] for token in chosen[-1]])
         self._guessing = self._clock() - began
         return Turn(chosen, hidden, draft)
 
@@ -107,6 +135,11 @@ class Guesser:
         self._passes = PassSeconds()
         self._row = row
         self.read(text)
+
+    @property
+    def thinks(self) -> bool:
+        """Whether guesses may take long to make."""
+        return self._row is not None
 
     def read(self, tokens: Sequence[int]) -> None:
         for token in tokens:

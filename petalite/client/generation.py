@@ -130,7 +130,8 @@ async def decode_tokens(
         output = await step_in_time(session, turn.hidden)
         decide = functools.partial(decoder.go_on, turn, output, asked if session.upsets == upsets else None)
         try:
-            turn = await model.run(decide)
+            likeliest = await model.choose(output.flatten(0, 1)) if decoder.likeliest else None
+            turn = await model.run(decide) if likeliest is None else decide(likeliest)
             sure += len(turn.chosen) - 1
         finally:
             session.truncate(sure)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from petalite.bloom.blocks import Embeddings, Head
 from petalite.bloom.config import BloomConfig
+from petalite.bloom.fast import Ends, accelerate_ends
 from petalite.bloom.loading import load_embeddings, load_head
 from petalite.bloom.lora import stack_adapter
 from petalite.bloom.manifest import Manifest, load_or_make
@@ -23,7 +25,7 @@ from petalite.client.blocking import Portal
 from petalite.client.given import Given
 from petalite.client.passes import Passes
 from petalite.client.remote import RemoteBlocks
-from petalite.client.runner import Runner, run_in_thread
+from petalite.client.runner import Runner, finished, run_in_thread
 from petalite.client.session import InferenceSession, Intervention
 from petalite.errors import CheckpointError, PetaliteError
 from petalite.models import CLIENT_PART, find_model, model_name
@@ -32,6 +34,8 @@ from petalite.wire.tensors import INT8, RAW
 
 if TYPE_CHECKING:
     from petalite.client.draft import DraftModel
+
+log = logging.getLogger("petalite.client")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +49,16 @@ class LocalParts:
     embeddings: Embeddings
     head: Head
     device: torch.device
+    ends: Ends | None = None  # embeddings and head, where the device can work while others do
 
 
-def load_local_parts(model: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> LocalParts:
-    """Read the embeddings, norms, head and tokenizer of `model`. Raises CheckpointError."""
+def load_local_parts(model: str, device: str = "cpu", dtype: torch.dtype | None = None) -> LocalParts:
+    """Read the embeddings, norms, head and tokenizer of `model`. Raises CheckpointError.
+
+    `dtype` None: float32 on a CPU, else bfloat16, as servers there compute.
+    """
+    if dtype is None:
+        dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
     directory = find_model(model, CLIENT_PART)
     manifest = load_or_make(directory)
     embeddings = load_embeddings(directory, dtype=dtype, device=device, manifest=manifest)
@@ -63,6 +73,13 @@ def load_local_parts(model: str, device: str = "cpu", dtype: torch.dtype = torch
         head,
         torch.device(device),
     )
+
+
+def accelerated(parts: LocalParts) -> LocalParts:
+    """`parts` with `ends` where the device allows it. Blocking."""
+    ends, reason = accelerate_ends(parts.embeddings, parts.head)
+    log.debug("embeddings and head: %s", reason or "as graphs")
+    return replace(parts, ends=ends)
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
@@ -104,6 +121,7 @@ class Model:
         self.run = runner
         self._wire = wire
         self._push = push
+        self._choosing = False
 
     @property
     def model_id(self) -> bytes:
@@ -147,10 +165,25 @@ class Model:
 
     def logits_here(self, hidden: Tensor) -> Tensor:
         """hidden (B, C) of one position -> logits (B, vocabulary), in float32; for a worker thread."""
+        if self.parts.ends is not None:
+            return self.parts.ends.logits(hidden)
         with torch.inference_mode():
             weight = self.parts.head.ln_f.weight
             logits: Tensor = self.parts.head(hidden.to(device=weight.device, dtype=weight.dtype))
             return logits.float()
+
+    async def choose(self, hidden: Tensor) -> tuple[list[int], Tensor] | None:
+        """hidden (N, C) of one position each -> the likeliest tokens and their embeddings (N, 1, C), made without a
+        thread; None where there is no device for that, for too many rows, and while another choice is under way.
+        """
+        underway = None if self.parts.ends is None or self._choosing else self.parts.ends.begin(hidden)
+        if underway is None:
+            return None
+        self._choosing = True
+        try:
+            return await finished(underway)
+        finally:
+            self._choosing = False
 
     def session(
         self,

@@ -43,6 +43,11 @@ class Sampler:
         else:
             self._random.manual_seed(sampling.seed)
 
+    @property
+    def likeliest(self) -> bool:
+        """Whether the choice is that of the highest logit, and nothing else."""
+        return self._sampling.temperature == 0 and self._sampling.repetition_penalty == 1.0
+
     def ahead(self) -> Sampler:
         """A sampler that draws what this one is about to draw, and leaves it where it is.
 

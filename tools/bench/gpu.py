@@ -129,7 +129,7 @@ def _servers(config: BloomConfig, arguments: argparse.Namespace) -> Iterator[lis
     first = arguments.first or config.n_layer // count
     others = max(1, count - 1)
     borders = [0, *(first + (config.n_layer - first) * i // others for i in range(others)), config.n_layer]
-    borders = borders[: count] + [config.n_layer]
+    borders = [*borders[:count], config.n_layer]
     processes = []
     try:
         for index in range(count):
