@@ -80,10 +80,10 @@ def from_wire(
         values = _decode_int8(descriptor, _tensor(buffer, torch.uint8).to(device))
     else:
         values = _tensor(buffer, _TORCH[descriptor.dtype]).view(descriptor.shape)
+        if device is not None:
+            values = values.to(device)  # first: looking at many values is quicker there
         if descriptor.dtype in FLOATS and not all_finite(values):
             raise tensor_error(descriptor, "NaN or infinity")
-        if device is not None:
-            values = values.to(device)
     if dtype is None or dtype == values.dtype:
         return values
     cast = values.to(dtype)

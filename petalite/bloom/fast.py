@@ -12,6 +12,7 @@ Hidden states of graphs come from and go to pinned memory of the host; a graph i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from ctypes import c_int64
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -31,16 +32,28 @@ R = TypeVar("R")
 
 @dataclass(slots=True)
 class _Graph:
-    """One captured pass: fill `given`, replay, read `taken` once `over` has come. All three are pinned."""
+    """One captured pass: fill `given`, replay, read `taken` once `over` has come. Both are pinned.
+
+    Between two steps the caches forget how to do what torch does for convenience: as little of that as possible.
+    """
 
     given: tuple[Tensor, ...]
     taken: tuple[Tensor, ...]
     graph: Any
     over: Any
+    stream: Any
+
+    def fill(self, inputs: Sequence[Tensor]) -> None:
+        """The first of `given` with `inputs`, one after the other."""
+        self.over.synchronize()  # what was given before is read
+        into, at = self.given[0], 0
+        for tensor in inputs:
+            into.narrow(0, at, tensor.shape[0]).copy_(tensor)
+            at += tensor.shape[0]
 
     def replay(self) -> None:
         self.graph.replay()
-        self.over.record()
+        self.over.record(self.stream)
 
 
 @dataclass(slots=True)
@@ -114,7 +127,8 @@ def _capture(
             tensor.copy_(source, non_blocking=True)
         for into, result in zip(taken, run(inputs), strict=True):
             into.copy_(result, non_blocking=True)
-    return _Graph(tuple(given), taken, graph, torch.cuda.Event())  # type: ignore[no-untyped-call]
+    over = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    return _Graph(tuple(given), taken, graph, over, torch.cuda.current_stream(device))
 
 
 class FastSpan(Span):
@@ -152,16 +166,13 @@ class FastSpan(Span):
         at a time: its result is taken before the next one begins.
         """
         batch = sum(part.rows.batch for part in parts)
-        with torch.cuda.device(self.device):
-            if batch > BATCHES[-1] or not all(map(self._is_decoding, parts)):
-                return Finished(self._step_long(torch.cat([x.to(self.device) for x in inputs]), parts))
-            graph = self._graphs[next(size for size in BATCHES if size >= batch)]
-            graph.over.synchronize()  # what was given to it before is read
-            hidden, meta = graph.given
-            torch.cat([x.cpu() for x in inputs], out=hidden[:batch])
-            meta.copy_(self._places(meta.shape[1], parts))
-            graph.replay()
-        return _Replay(graph, lambda graph: graph.taken[0][:batch].clone())
+        if batch > BATCHES[-1] or not all(map(self._is_decoding, parts)):
+            return Finished(self._step_long(torch.cat([x.to(self.device) for x in inputs]), parts))
+        graph = self._graphs[next(size for size in BATCHES if size >= batch)]
+        graph.fill(inputs)
+        self._place(graph.given[1], parts)
+        graph.replay()
+        return _Replay(graph, lambda graph: graph.taken[0].narrow(0, 0, batch).clone())
 
     def _is_decoding(self, part: Part) -> bool:
         return part.tokens == 1 and not part.prompted and part.rows.pool is self._pool
@@ -187,17 +198,24 @@ class FastSpan(Span):
 
     # Decode steps
 
-    def _places(self, batch: int, parts: Sequence[Part]) -> Tensor:
-        """(4, batch): where each row stands, as `kernels.decode_attention` wants it; unused ones at the spare slot."""
-        C = self.config.hidden_size
-        columns = []
+    def _place(self, meta: Tensor, parts: Sequence[Part]) -> None:
+        """Fill the pinned `meta` (4, batch) with where each row stands, as `kernels.decode_attention` wants it; unused
+        rows stand at the spare slot.
+        """
+        C, batch = self.config.hidden_size, meta.shape[1]
+        places = (c_int64 * (4 * batch)).from_address(meta.data_ptr())
+        at = 0
         for part in parts:
             self.check_part(part)
-            for i in range(part.rows.batch):
-                start = (part.rows.offset + i * part.rows.length) * C
-                columns.append((start, part.rows.length, part.position, part.pad[i] if part.pad else 0))
-        columns += [(self._spare * C, 1, 0, 0)] * (batch - len(columns))
-        return torch.tensor(columns, dtype=torch.int64).T
+            rows = part.rows
+            for i in range(rows.batch):
+                places[at] = (rows.offset + i * rows.length) * C
+                places[batch + at] = rows.length
+                places[2 * batch + at] = part.position
+                places[3 * batch + at] = part.pad[i] if part.pad else 0
+                at += 1
+        for unused in range(at, batch):
+            places[unused::batch] = [self._spare * C, 1, 0, 0]
 
     def _decode(self, hidden: Tensor, meta: Tensor) -> Tensor:
         x = hidden
@@ -316,9 +334,8 @@ class FastEnds:
         graph = next((self._graphs[size] for size in BATCHES if size >= batch), None)
         if graph is None:
             return None
-        graph.over.synchronize()
-        with torch.inference_mode(), torch.cuda.device(self._device):
-            graph.given[0][:batch].copy_(hidden)
+        with torch.inference_mode():
+            graph.fill((hidden,))
             graph.replay()
 
         def take(graph: _Graph) -> tuple[list[int], Tensor]:

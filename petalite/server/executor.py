@@ -289,7 +289,10 @@ def _run_whole(jobs: Sequence[Job]) -> None:
 
 def _begin_whole(jobs: Sequence[Job]) -> Underway[Tensor]:
     span: Span = jobs[0].work.span
-    return span.begin_batch([_flat(job.work.hidden) for job in jobs], [_part(job) for job in jobs])
+    underway = span.begin_batch([_flat(job.work.hidden) for job in jobs], [_part(job) for job in jobs])
+    for job in jobs:
+        job.meanwhile()
+    return underway
 
 
 def _take_whole(jobs: Sequence[Job], output: Tensor) -> None:
@@ -311,6 +314,8 @@ def _run_long(job: Job, urgent: Callable[[], bool]) -> None:
         if job.at_block == job.blocks:
             work.outputs.append(output.view(piece.shape))
             work.passing, job.at_block, job.done = None, 0, job.done + job.piece
+            if job.done >= job.tokens:
+                job.meanwhile()
             return
         if job.abandoned or urgent():
             return

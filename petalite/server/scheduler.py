@@ -41,8 +41,9 @@ class Job:
     """One step of one session: `batch` rows of `tokens` new tokens each, through `blocks` blocks.
 
     `group` tells which jobs may share a batch (the same blocks), `owner` who is to be treated fairly. `prepare` and
-    `finish` run in the worker thread; `started` and `settled` in the event loop: when the model first takes the job,
-    and when it has left the executor, whether finished, failed, or dropped.
+    `finish` run in the worker thread, and `meanwhile` between them, while a device may be at work; `started` and
+    `settled` in the event loop: when the model first takes the job, and when it has left the executor, whether
+    finished, failed, or dropped.
 
     `done` tokens are through all blocks, the next `piece` ones through `at_block` of them. A `training` job is neither
     short nor long, and says itself when it is done. It came from `session`, if that will bring more, at `came_at`.
@@ -57,6 +58,7 @@ class Job:
     settled: Callable[[], None]
     work: Any
     prepare: Callable[[], Any] = lambda: None
+    meanwhile: Callable[[], None] = lambda: None
     finish: Callable[[Any], Any] = lambda result: result
     training: bool = False
     session: Hashable = None

@@ -57,6 +57,10 @@ class Running:
         """Whether that is this step again."""
         return _content(step) == _content(self.step) and body == self.body
 
+    def take_digest(self) -> None:
+        """In the worker thread: what will tell a retry."""
+        self.digest = step_digest(self.step, self.body)
+
 
 @dataclass(slots=True, eq=False)
 class Watcher:

@@ -19,7 +19,7 @@ from petalite.net.call import Call, Later, Reply
 from petalite.server.executor import Executor, StepWork
 from petalite.server.push import Pusher
 from petalite.server.scheduler import SHORT_TOKENS, Job
-from petalite.server.sessions import Answer, Running, Session, Watcher, step_digest
+from petalite.server.sessions import Answer, Running, Session, Watcher
 from petalite.server.state import SessionState
 from petalite.server.table import SessionTable
 from petalite.wire import messages
@@ -136,6 +136,7 @@ class Steps:
             prepare=lambda: bridge.from_wire(
                 step.tensors[0], running.body, span.entry_device(batch * tokens), span.dtype
             ),
+            meanwhile=running.take_digest,
             finish=lambda output: _answer(session, running, output),
             started=started,
             settled=settled,
@@ -163,13 +164,12 @@ class Steps:
 
 
 def _answer(session: Session, running: Running, output: torch.Tensor) -> Answer:
-    """In the worker thread: the output as it goes on the wire, and the digest that tells a retry."""
+    """In the worker thread: the output as it goes on the wire."""
     step, opened = running.step, session.open
     try:
         tensor, body = bridge.to_wire(output, opened.dtype, opened.codec)
     except LocalProtocolError as error:
         raise RequestError(ErrorCode.TENSOR, f"the result cannot be sent: {error}", {"retry": False}) from error
-    running.digest = step_digest(step, running.body)
     position = step.pos + step.tensors[0].shape[1]
     reply = messages.StepReply(n=step.n, pos=position, tensors=(tensor,))
     return Answer(reply.to_wire(), body, (tensor,))
