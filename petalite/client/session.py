@@ -356,6 +356,10 @@ class InferenceSession:
         self._node.succeeded(send.hop.peer)
 
     def _note_seconds(self, send: Send, seconds: float) -> None:
+        peer, pieces = send.hop.peer, (send.end - send.start) / self._longest_piece
+        if pieces >= 0.5:
+            # A clock that stands still (tests) says nothing.
+            (self._node.quick.add if 0 < seconds <= limits.QUICK_SECONDS * pieces else self._node.quick.discard)(peer)
         if send.end - send.start <= limits.SHORT_STEP_TOKENS:
             usual = self._step_seconds.get(send.hop.peer, seconds)
             self._step_seconds[send.hop.peer] = usual + 0.2 * (seconds - usual)
@@ -426,13 +430,15 @@ class InferenceSession:
         pipeline = self._pipeline
         if pipeline.batch * pipeline.due <= LEAST_TOKENS:
             return
-        paced_for = (pipeline.target, [hop.sid for hop in pipeline.hops])
+        quick = self._node.quick.issuperset(hop.peer for hop in pipeline.hops)
+        paced_for = (pipeline.target, quick, [hop.sid for hop in pipeline.hops])
         if paced_for == self._paced_for:
             return
         self._paced_for = paced_for
         behind = [hop for hop in pipeline.hops if 2 * (pipeline.target - hop.position) > pipeline.due]
         stages = self._planner.stages(behind)
-        pipeline.piece = piece_length(pipeline.due, pipeline.batch, stages, self._longest_piece)
+        most = self._longest_piece * (limits.QUICK_FACTOR if quick else 1)
+        pipeline.piece = piece_length(pipeline.due, pipeline.batch, stages, most)
 
     def _may_push(self) -> bool:
         """Not in the step that wakes a parked session: everybody would have to dial everybody one after the other."""

@@ -36,6 +36,8 @@ class Node:
         self.dht: DhtNode | None = None
         self.lan: Lan | None = None
         self.peers = peers
+        self.quick: set[PeerId] = set()
+        """Servers that lately answered a long step within QUICK_SECONDS: the next may be longer."""
         self._nursery = nursery
         self._contacts: Path | None = None
         self._joined: set[PeerId] = set()

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import trio
 import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
@@ -73,3 +74,26 @@ async def test_servers_work_on_a_prompt_at_the_same_time(
         assert sum(count for first, count in asked if first == start) == 300
     if len(spans) > 1:
         assert asked.index((4, longest)) < max(i for i, (first, _) in enumerate(asked) if first == 0) - 1
+
+
+@pytest.mark.parametrize(("seconds", "longest"), [(0.0, 256), (0.06, 1024), (0.2, 256)])
+async def test_a_quick_server_gets_longer_pieces(
+    autojump_clock: trio.testing.MockClock, seconds: float, longest: int
+) -> None:
+    asked: list[int] = []
+
+    async def tap(place: Place, call: Call, handler: Handler) -> Reply:
+        if call.method == "step":
+            asked.append(Step.from_wire(call.head).tensors[0].shape[1])
+            await trio.sleep(seconds * asked[-1] / 256)
+        return await handler(call)
+
+    hidden = torch.randn(1, 1500, 256)
+    async with open_world(load_parts(), ((0, 8),), tap=tap) as world, world.client() as model:
+        for _ in range(2):  # what is known of a server outlives a session
+            async with model.session(max_len=1500) as session:
+                await session.step(hidden)
+    assert sum(asked) == 3000
+    assert asked[0] == 256 and max(asked) == longest
+    if longest > 256:
+        assert asked == [256, 1024, 220, 1024, 476]
