@@ -27,6 +27,7 @@ from petalite.bloom.span import Finished, Part, Span, Underway, add_prompts, fin
 
 BATCHES = (1, 2, 4, 8, 16)
 _WARM_UP_RUNS = 3
+_MOST_INT8_TOKENS = 512
 R = TypeVar("R")
 
 
@@ -273,11 +274,22 @@ class FastSpan(Span):
 
     def _long_block(self, block: Block, index: int, x: Tensor, attend: Callable[[Tensor, int], Tensor]) -> Tensor:
         """`Block.forward` with other attention."""
-        attention, after = block.self_attention, block.post_layernorm_residual
+        attention, mlp, after = block.self_attention, block.mlp, block.post_layernorm_residual
         normed = block.input_layernorm(x)
-        x = attention.dense(attend(attention.query_key_value(normed), index)).add_(normed if after else x)
+        seen = attend(self._long_linear(attention.query_key_value, normed), index)
+        x = self._long_linear(attention.dense, seen).add_(normed if after else x)
         normed = block.post_attention_layernorm(x)
-        y: Tensor = block.mlp(normed).add_(normed if after else x)
+        wide = F.gelu(self._long_linear(mlp.dense_h_to_4h, normed), approximate="tanh")
+        return self._long_linear(mlp.dense_4h_to_h, wide).add_(normed if after else x)
+
+    def _long_linear(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """`layer` of x (N, K). Int8 weights are read as they are, but for so many tokens that torch's own product
+        makes good for a copy of them as floats.
+        """
+        if isinstance(layer, Int8Linear) and x.shape[0] <= _MOST_INT8_TOKENS:
+            y: Tensor = self._kernels.int8_linear(x, layer.weight, layer.scale, layer.bias)
+        else:
+            y = layer(x)
         return y
 
 

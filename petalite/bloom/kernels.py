@@ -26,13 +26,14 @@ def _tilings() -> list[Any]:
     return [
         triton.Config({"BN": bn, "BK": bk}, num_warps=warps, num_stages=stages)
         for bn, bk, warps, stages in (
-            (16, 256, 4, 5),
-            (16, 512, 4, 4),
+            (16, 256, 2, 5),
+            (16, 512, 2, 4),
             (32, 128, 4, 6),
             (32, 256, 4, 4),
+            (32, 256, 4, 6),
+            (32, 512, 4, 3),
             (64, 128, 4, 4),
-            (64, 256, 8, 3),
-            (128, 128, 8, 4),
+            (64, 256, 4, 4),
         )
     ]
 
@@ -97,6 +98,49 @@ def linear(
         x, weight, y if scale is None else scale, y if bias is None else bias, y if residual is None else residual, y,
         M, N, K, INT8=scale is not None, BIAS=bias is not None, GELU=gelu, RESIDUAL=residual is not None,
         BM=MAX_ROWS,
+    )  # fmt: skip
+    return y
+
+
+@triton.autotune(
+    configs=[
+        triton.Config({"BN": bn, "BK": bk}, num_warps=warps, num_stages=stages)
+        for bn, bk, warps, stages in ((64, 128, 4, 4), (128, 64, 4, 4), (128, 128, 8, 3), (128, 64, 8, 5))
+    ],
+    key=["N", "K", "BM"],
+)
+@triton.jit(do_not_specialize=["M"])
+def _int8_linear(
+    x, codes, scale, bias, y, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
+):  # fmt: skip
+    """y (M, N) = x (M, K) @ codes (N, K)^T * scale (N) + bias (N). Codes become floats in registers, and stay there."""
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    left = codes + n.to(tl.int64)[:, None] * K
+    right = x + m.to(tl.int64)[None, :] * K
+    total = tl.zeros((BN, BM), tl.float32)
+    for start in range(0, K, BK):
+        at_k = start + k
+        weights = tl.load(left + at_k[None, :], mask=(n[:, None] < N) & (at_k[None, :] < K), other=0)
+        tokens = tl.load(right + at_k[:, None], mask=(m[None, :] < M) & (at_k[:, None] < K), other=0.0)
+        total = tl.dot(weights.to(tokens.dtype), tokens, total)
+    inside = n < N
+    total = total * tl.load(scale + n, mask=inside, other=0.0)[:, None]
+    total += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)[:, None]
+    to = y + m.to(tl.int64)[None, :] * N + n[:, None]
+    tl.store(to, total.to(y.dtype.element_ty), mask=inside[:, None] & (m[None, :] < M))
+
+
+def int8_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """x (M, K), codes int8 (N, K), scale float32 (N,), bias (N,) -> (M, N); for M that are many, but not thousands."""
+    M, K = x.shape
+    N = codes.shape[0]
+    y = torch.empty((M, N), dtype=x.dtype, device=x.device)
+    BM = 64 if M <= 64 else 128
+    # Programs that read the same weights are neighbours.
+    _int8_linear[lambda meta: (triton.cdiv(M, BM), triton.cdiv(N, meta["BN"]))](
+        x, codes, scale, bias, y, M, N, K, BM=BM
     )  # fmt: skip
     return y
 
@@ -167,14 +211,14 @@ def _decode_attention(
         known = s < end
         at = begin + s[:, None] * D + d[None, :]
         mask = known[:, None] & inside[None, :]
-        seen = tl.load(keys + at, mask=mask, other=0.0).to(tl.float32)
-        score = tl.sum(seen * q[None, :], axis=1) + slope * (s - p).to(tl.float32)
+        k = tl.load(keys + at, mask=mask, other=0.0)
+        v = tl.load(values + at, mask=mask, other=0.0)  # asked for at once: one wait for memory instead of two
+        score = tl.sum(k.to(tl.float32) * q[None, :], axis=1) + slope * (s - p).to(tl.float32)
         score = tl.where(known, score, float("-inf"))
         higher = tl.maximum(most, tl.max(score, axis=0))
         fade = tl.exp(most - higher)
         share = tl.exp(score - higher)
-        seen = tl.load(values + at, mask=mask, other=0.0).to(tl.float32)
-        gathered = gathered * fade + tl.sum(share[:, None] * seen, axis=0)
+        gathered = gathered * fade + tl.sum(share[:, None] * v.to(tl.float32), axis=0)
         weight = weight * fade + tl.sum(share, axis=0)
         most = higher
     part = parts + ((row * H + head) * SPLITS + split) * (D + 2)
