@@ -17,9 +17,12 @@ import trio.testing
 from transformers import BloomForCausalLM
 
 from petalite.client.session import InferenceSession, SessionError
-from petalite.errors import ErrorCode, LocalProtocolError, RequestError
+from petalite.errors import ErrorCode, LocalProtocolError, PeerUnreachable, RequestError
+from petalite.identity import PeerId
 from petalite.models import FAIRYTALE, find_model
 from petalite.net.call import Call, Handler, Reply
+from petalite.net.connection import PeerConnection
+from petalite.wire import messages
 from tools.simulate_sessions import faults
 from tools.simulate_sessions.matrix import PROMPT, REQUIRED, SPANS, SPARES, all_cases, judge, run_case
 from tools.simulate_sessions.runs import make_parts, run_seed
@@ -453,6 +456,54 @@ def test_after_a_failover_the_hops_that_can_still_push() -> None:
         assert count.seen.count(("10.0.1.1", "push")) >= TOKENS - 6
 
     play(scene)
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_a_server_that_cannot_push_says_so_and_is_not_waited_for(early: bool) -> None:
+    """`early`: it says so before its own answer is there."""
+
+    class Telling(Count):
+        """Says it when the step is awaited."""
+
+        owner: PeerConnection | None = None
+
+        async def __call__(self, place: Place, call: Call, handler: Handler) -> Reply:
+            if self.owner is not None and call.method == "await" and place is world.places[1]:
+                told = messages.Unpushed(sid=call.head["sid"], n=call.head["n"])
+                await self.owner.request("unpushed", told.to_wire())
+                self.owner = None
+            return await super().__call__(place, call, handler)
+
+    async def nobody(*push: object) -> None:
+        raise PeerUnreachable("no address is known")
+
+    def before(token: int, session: InferenceSession) -> None:
+        times.append(trio.current_time())
+        if token == 5:
+            place = world.places[1]
+            owners = place.endpoint.connections
+            place.server.pusher.enable(
+                place.peer, nobody, lambda peer: None if early or peer not in clients else owners[peer]
+            )
+            if early:
+                count.owner = owners[clients[0]]
+
+    times: list[float] = []
+    clients: list[PeerId] = []
+    count = Telling()
+
+    async def scene() -> None:
+        nonlocal world
+        async with open_world(load_parts(), SPANS, SPARES, tap=count) as world, world.client() as model:
+            clients.append(model.node.endpoint.peer_id)
+            assert tuple(await tell(model, model.encode(PROMPT), TOKENS, before=before)) == undisturbed()
+            assert not world.notices and not model.node.unpushed
+            assert count.steps() == [TOKENS, TOKENS - 6, TOKENS - 5]  # for 5 s nobody is asked to push
+            assert count.owner is None
+
+    world: World
+    play(scene)
+    assert max(after - first for first, after in itertools.pairwise(times)) <= 0.1
 
 
 @pytest.mark.parametrize("hop", [0, 1])

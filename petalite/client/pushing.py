@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import trio
 
@@ -20,9 +21,11 @@ LONGEST_PAUSE = 300.0
 
 @dataclass(slots=True, eq=False)
 class Part:
-    """One hop's share of a pushed step. `done` means something once it is `settled`.
+    """One hop's share of a pushed step; `behind` is that of the hop it pushes to. `done` means something once it is
+    `settled`.
 
-    `gone`: the server answered, but its connection ended before the push was seen to arrive. `unwatch` ends looking.
+    `gone`: the server answered, but its connection ended before the push was seen to arrive; `unwatch` ends looking.
+    `unpushed`: it says itself that it could not push.
     """
 
     send: Send
@@ -30,7 +33,28 @@ class Part:
     settled: trio.Event = field(default_factory=trio.Event)
     done: bool = False
     gone: bool = False
+    unpushed: bool = False
+    behind: Part | None = None
     unwatch: Callable[[], None] = lambda: None
+
+    def note_gone(self) -> None:
+        """It pushes nothing any more, or has: we need not wait to see, for a step sent twice is done once."""
+        if self.behind is not None and not self.behind.settled.is_set():
+            self.gone = True
+            self.behind.scope.cancel()
+
+    def note_unpushed(self) -> None:
+        """As `note_gone`, but where its answer is still to come that counts first."""
+        self.unpushed = True
+        if self.done and self.behind is not None:
+            self.behind.scope.cancel()
+
+
+def parts_of(sends: Sequence[Send]) -> list[Part]:
+    parts = [Part(send) for send in sends]
+    for part, behind in pairwise(parts):
+        part.behind = behind
+    return parts
 
 
 class PushTrust:

@@ -22,7 +22,7 @@ from petalite.client.hop import Hop, HopState
 from petalite.client.pacing import LEAST_TOKENS, piece_length
 from petalite.client.pipeline import Action, Check, Extend, Intervene, Open, Pipeline, Plan, Push, Send
 from petalite.client.planning import Planner, SessionError
-from petalite.client.pushing import FRESH_PUSH_SECONDS, PUSH_SECONDS, Part, PushTrust
+from petalite.client.pushing import FRESH_PUSH_SECONDS, PUSH_SECONDS, Part, PushTrust, parts_of
 from petalite.client.runner import Runner, run_in_thread
 from petalite.client.verdicts import Judge, Verdict, retry_after
 from petalite.errors import HandshakeError, LocalProtocolError, PeerLost, PeerUnreachable, PetaliteError, RequestError
@@ -450,7 +450,9 @@ class InferenceSession:
         A hop that does not get it in time, and those behind it, are served by ourselves afterwards: the same step
         sent twice is done once.
         """
-        parts = [Part(send) for send in action.sends]
+        parts = parts_of(action.sends)
+        told = {(part.send.hop.peer, part.send.hop.sid, part.send.n): part.note_unpushed for part in parts}
+        self._node.unpushed.update(told)
         try:
             async with open_flat_nursery() as nursery:
                 nursery.start_soon(self._push_part, parts, 0)
@@ -458,6 +460,8 @@ class InferenceSession:
                 for i in range(1, len(parts)):
                     nursery.start_soon(self._push_part, parts, i)
         finally:
+            for key in told:
+                del self._node.unpushed[key]
             for part in parts:
                 part.unwatch()
         # A lost server says nothing about pushing, nor does a step after it that we carried ourselves.
@@ -477,18 +481,10 @@ class InferenceSession:
         if not part.done:
             for later in parts[i + 1 :]:
                 later.scope.cancel()
-        elif i + 1 < len(parts):
-            behind = parts[i + 1]
-            patience = self._patience(hop, behind.send.hop, trio.current_time() - started)
-            behind.scope.deadline = trio.current_time() + patience
-
-            def gone() -> None:
-                """It pushes nothing any more, or has; the step sent twice is done once."""
-                if not behind.settled.is_set():
-                    part.gone = True
-                    behind.scope.cancel()
-
-            part.unwatch = self._calls.watch(hop, gone)
+        elif part.behind is not None:
+            patience = self._patience(hop, part.behind.send.hop, trio.current_time() - started)
+            part.behind.scope.deadline = trio.current_time() + (0.0 if part.unpushed else patience)
+            part.unwatch = self._calls.watch(hop, part.note_gone)
 
     def _patience(self, before: Hop, hop: Hop, took: float) -> float:
         """Seconds that a push from `before`, which `took` so long itself, to `hop` is waited for before we send the

@@ -14,11 +14,14 @@ from petalite.errors import ErrorCode, PetaliteError, RequestError
 from petalite.identity import PeerId
 from petalite.net.connection import PeerConnection
 from petalite.wire.frames import Buffer
-from petalite.wire.messages import Hop, Push
+from petalite.wire.messages import Hop, Push, Unpushed
 from petalite.wire.streams import OwnRequest
 from petalite.wire.writer import Priority
 
 log = logging.getLogger("petalite.server")
+
+# An owner that does not say in this time that it has heard may have.
+TELL_SECONDS = 1.0
 
 
 class Send(Protocol):
@@ -32,8 +35,8 @@ class Send(Protocol):
 
 
 class Pusher:
-    """Pushes in the background, while `run` is running, once `enable` has said how. A push that fails is the client's
-    to notice: it holds a copy of what was pushed.
+    """Pushes in the background, while `run` is running, once `enable` has said how. Of a push that fails the session's
+    owner is told, where it is connected: it holds a copy of what was pushed.
     """
 
     def __init__(self) -> None:
@@ -68,15 +71,23 @@ class Pusher:
         if hops is not None and any(hop.peer in (self._own, sender) for hop in hops):
             raise RequestError(ErrorCode.BAD_REQUEST, "field 'next' leads back")
 
-    def start(self, peer: PeerId, push: Push, body: Sequence[Buffer], priority: Priority, deadline: float) -> None:
+    def start(
+        self,
+        peer: PeerId,
+        push: Push,
+        body: Sequence[Buffer],
+        priority: Priority,
+        deadline: float,
+        unpushed: Unpushed | None = None,
+    ) -> None:
         """Send `push` to `peer` before `deadline` (trio's clock); returns at once. Over a connection that is there it
-        has left by then, as far as the transport takes it.
+        has left by then, as far as the transport takes it. `unpushed`: what its owner is told if it fails.
 
         What a stalled peer keeps from leaving is bounded: MAX_PUSHES of a session, PUSH_SECONDS each.
         """
         key = (push.owner, push.sid)
         if self._nursery is None or self._under_way[key] >= limits.MAX_PUSHES:
-            log.debug("step %d is not pushed to %s..", push.n, peer.short)
+            self._failed(peer, push, "too many are under way", unpushed)
             return
         deadline = min(deadline, trio.current_time() + limits.PUSH_SECONDS)
         connection, request = self._connected(peer), None
@@ -84,10 +95,10 @@ class Pusher:
             try:
                 request = connection.begin("push", push.to_wire(), body, deadline, priority=priority)
             except PetaliteError as error:
-                _tell_failed(peer, push, error)
+                self._failed(peer, push, error, unpushed)
                 return
         self._under_way[key] += 1
-        self._nursery.start_soon(self._see_through, peer, push, body, priority, deadline, connection, request)
+        self._nursery.start_soon(self._see_through, peer, push, body, priority, deadline, connection, request, unpushed)
 
     async def _see_through(
         self,
@@ -98,6 +109,7 @@ class Pusher:
         deadline: float,
         connection: PeerConnection | None,
         request: OwnRequest | None,
+        unpushed: Unpushed | None,
     ) -> None:
         try:
             with trio.fail_at(deadline):
@@ -106,10 +118,21 @@ class Pusher:
                 elif self._send is not None:
                     await self._send(peer, "push", push.to_wire(), body, priority)
         except (PetaliteError, trio.TooSlowError) as error:
-            _tell_failed(peer, push, error)
+            self._failed(peer, push, error, unpushed)
         finally:
             self._under_way -= Counter({(push.owner, push.sid): 1})
 
+    def _failed(self, peer: PeerId, push: Push, error: Exception | str, unpushed: Unpushed | None) -> None:
+        log.info("push of step %d to peer %s.. failed: %s", push.n, peer.short, error or "deadline passed")
+        if self._nursery is not None and unpushed is not None:
+            self._nursery.start_soon(self._tell, PeerId(push.owner), unpushed)
 
-def _tell_failed(peer: PeerId, push: Push, error: Exception) -> None:
-    log.info("push of step %d to peer %s.. failed: %s", push.n, peer.short, error or "deadline passed")
+    async def _tell(self, owner: PeerId, unpushed: Unpushed) -> None:
+        connection = self._connected(owner)
+        if connection is None:
+            return
+        with trio.move_on_after(TELL_SECONDS):
+            try:
+                await connection.request("unpushed", unpushed.to_wire())
+            except PetaliteError as error:  # it does without, or is gone
+                log.debug("peer %s.. was not told of it: %s", owner.short, error)

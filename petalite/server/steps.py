@@ -160,7 +160,8 @@ class Steps:
             next=tuple(rest) or None,
             tensors=answer.tensors,
         )
-        self._pusher.start(PeerId(first.peer), push, answer.body, self._reply(answer).priority, deadline)
+        unpushed = messages.Unpushed(sid=session.open.sid, n=step.n)
+        self._pusher.start(PeerId(first.peer), push, answer.body, self._reply(answer).priority, deadline, unpushed)
 
 
 def _answer(session: Session, running: Running, output: torch.Tensor) -> Answer:

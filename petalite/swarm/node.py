@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from petalite.errors import HandshakeError, PeerLost, PeerSilent, PeerUnreachabl
 from petalite.identity import Address, Identity, PeerId
 from petalite.lan.discovery import Hint, Lan
 from petalite.limits import GOODBYE_SECONDS
+from petalite.net.call import Call, Reply
 from petalite.net.connection import PeerConnection
 from petalite.net.endpoint import Endpoint, open_endpoint
 from petalite.net.nursery import open_flat_nursery
@@ -24,6 +25,7 @@ from petalite.swarm.directory import Directory, Source, given, place_of
 from petalite.swarm.reach import reach_handler
 from petalite.swarm.routing import Bans, Needs, NoRoute, Route, plan_inference
 from petalite.swarm.saved import load_contacts, save_contacts
+from petalite.wire.messages import Unpushed
 
 
 class Node:
@@ -38,6 +40,9 @@ class Node:
         self.peers = peers
         self.quick: set[PeerId] = set()
         """Servers that lately answered a long step within QUICK_SECONDS: the next may be longer."""
+        self.unpushed: dict[tuple[PeerId, bytes, int], Callable[[], None]] = {}
+        """(server, session, step) -> who wants to hear that the server could not push that step on."""
+        endpoint.handlers["unpushed"] = self._note_unpushed
         self._nursery = nursery
         self._contacts: Path | None = None
         self._joined: set[PeerId] = set()
@@ -136,6 +141,13 @@ class Node:
     def may_find_more(self) -> bool:
         """Whether waiting can bring servers that are not known yet: somebody answers, or the LAN is searched."""
         return self.lan_running or any(not entry.problem for entry in self.directory.entries.values())
+
+    async def _note_unpushed(self, call: Call) -> Reply:
+        message = Unpushed.from_wire(call.head)
+        heard = self.unpushed.get((call.peer, message.sid, message.n))
+        if heard is not None:
+            heard()
+        return Reply()
 
     # Using others
 

@@ -419,6 +419,14 @@ class Push(Message):
         _check_route(self.next)
 
 
+@message
+class Unpushed(Message):
+    """To the owner: the output of step `n` of its session did not get to the next hop."""
+
+    sid: SessionId
+    n: StepNumber
+
+
 # Method name in a REQ frame -> request, reply.
 METHODS: Final[dict[str, tuple[type[Message], type[Message]]]] = {
     "info": (Empty, InfoReply),
@@ -430,4 +438,5 @@ METHODS: Final[dict[str, tuple[type[Message], type[Message]]]] = {
     "close": (Close, Empty),
     "await": (Await, StepReply),
     "push": (Push, Empty),
+    "unpushed": (Unpushed, Empty),
 }

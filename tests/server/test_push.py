@@ -38,11 +38,12 @@ class Swarm:
         self.lose: set[int] = set()
         self.held: dict[int, trio.Event] = {}
         self.deadlines: list[float] = []
+        self.told: list[messages.Unpushed] = []
 
     async def start(self, make_server, **options) -> Swarm:
         for i, span in enumerate(SPANS):
             server = await make_server(*span, **options)
-            server.pusher.enable(self.peers[i], self.sender(i))
+            server.pusher.enable(self.peers[i], self.sender(i), self.connected)
             self.servers.append(server)
             self.clients.append(self.tools.Client(server))
         return self
@@ -60,6 +61,14 @@ class Swarm:
             await hop.request(method, head, self.tools.joined(body))
 
         return send
+
+    def connected(self, peer) -> Any:
+        return SimpleNamespace(request=self.tell) if peer == self.tools.ALICE else None
+
+    async def tell(self, method, head) -> None:
+        assert method == "unpushed"
+        self.told.append(messages.Unpushed.from_wire(head))
+        raise RequestError(ErrorCode.UNSUPPORTED, "an owner may not want to know")
 
     async def open(self, **changes) -> None:
         for i, client in enumerate(self.clients):
@@ -417,6 +426,24 @@ async def test_cancelled_awaits_leave_nothing_and_drop_what_nobody_wants(tools, 
         runner.let_go()
     await wait_all_tasks_blocked()
     assert (session.watchers, session.n, session.position) == ([], 0, 0)
+
+
+async def test_the_owner_is_told_of_a_push_that_failed(swarm, tools, autojump_clock) -> None:
+    await swarm.open()
+    await swarm.advance(tools.hidden(1), 0, 0)
+    assert swarm.told == []
+    swarm.lose.add(2)
+    await swarm.clients[0].step(tools.hidden(1), 1, 1, 0, next=swarm.route())
+    await wait_all_tasks_blocked()
+    assert swarm.told == [messages.Unpushed(sid=tools.sid(1), n=1)]
+    swarm.lose.clear()
+    swarm.held[1] = trio.Event()  # it does not take the next ones: some leave too late, the rest not at all
+    for n in range(2, 3 + limits.MAX_PUSHES):
+        await swarm.clients[0].step(tools.hidden(1), n, n, 0, next=swarm.route())
+    await wait_all_tasks_blocked()
+    assert swarm.told[1:] == [messages.Unpushed(sid=tools.sid(0), n=2 + limits.MAX_PUSHES)]
+    await trio.sleep(limits.PUSH_SECONDS + 1)
+    assert {told.n for told in swarm.told[2:]} == set(range(2, 2 + limits.MAX_PUSHES))
 
 
 # --- bounds -----------------------------------------------------------------------------------------------------------

@@ -49,6 +49,7 @@ EXAMPLES: list[m.Message] = [
     m.Close(sid=SID),
     m.Await(sid=SID, n=1),
     m.Push(owner=PEER, sid=SID, n=1, pos=3, hypo=(0, 0), pad=(1, 2), next=HOPS, tensors=H),
+    m.Unpushed(sid=SID, n=1),
 ]
 KINDS = sorted({*map(type, EXAMPLES), m.Hop}, key=lambda kind: kind.__name__)
 

@@ -52,6 +52,7 @@ GOOD: dict[str, tuple[str, m.Message]] = {
     "close": ("request", m.Close(sid=SID)),
     "await": ("request", m.Await(sid=SID, n=1)),
     "push": ("request", m.Push(owner=PEER, sid=SID, n=1, pos=3, tensors=H)),
+    "unpushed": ("request", m.Unpushed(sid=SID, n=1)),
     "forward": ("request", tr.Forward(model=MODEL, blocks=(0, 2), tensors=H)),
     "forward with mask, prompts, a named adapter, and taps": (
         "request",
