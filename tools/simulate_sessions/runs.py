@@ -229,7 +229,7 @@ async def _step(
                 output = await session.step(hidden)
             except SessionError as error:  # it sees that there is no server to be had before the deadline
                 report.without_server += 1
-                if _all_served(world, model.node):
+                if _all_served(world, model.node, session):
                     report.problem = f"step {report.steps} gave up though each block had a server: {error}"
                     return False
         if output is not None:
@@ -245,10 +245,15 @@ async def _step(
     return _same(output, twin.step(hidden), report)
 
 
-def _all_served(world: World, node: Node) -> bool:
-    """Whether each block has a server that is up and has not just failed the client."""
+def _all_served(world: World, node: Node, session: InferenceSession) -> bool:
+    """Whether each block has a server that is up and has not just failed the client, or refused what it asked."""
     now = trio.current_time()
-    well = [place.server.span for place in world.places if place.up and not node.bans.banned(place.peer, now)]
+    avoided = session._judge.avoided(now)
+    well = [
+        place.server.span
+        for place in world.places
+        if place.up and place.peer not in avoided and not node.bans.banned(place.peer, now)
+    ]
     return all(any(span.start <= block < span.end for span in well) for block in range(CONFIG.n_layer))
 
 
