@@ -43,10 +43,11 @@ class _Graph:
     graph: Any
     over: Any
     stream: Any
+    running: bool = False
 
     def fill(self, inputs: Sequence[Tensor]) -> None:
         """The first of `given` with `inputs`, one after the other."""
-        self.over.synchronize()  # what was given before is read
+        self.wait()  # what was given before is read
         into, at = self.given[0], 0
         for tensor in inputs:
             into.narrow(0, at, tensor.shape[0]).copy_(tensor)
@@ -55,6 +56,17 @@ class _Graph:
     def replay(self) -> None:
         self.graph.replay()
         self.over.record(self.stream)
+        self.running = True
+
+    def done(self) -> bool:
+        if self.running and self.over.query():
+            self.running = False
+        return not self.running
+
+    def wait(self) -> None:
+        if self.running:
+            self.over.synchronize()
+            self.running = False
 
 
 @dataclass(slots=True)
@@ -65,10 +77,10 @@ class _Replay(Generic[R]):
     take: Callable[[_Graph], R]
 
     def done(self) -> bool:
-        return bool(self.graph.over.query())
+        return self.graph.done()
 
     def result(self) -> R:
-        self.graph.over.synchronize()
+        self.graph.wait()
         return self.take(self.graph)
 
 
