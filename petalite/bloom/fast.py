@@ -28,6 +28,8 @@ from petalite.bloom.span import Finished, Part, Span, Underway, add_prompts, fin
 BATCHES = (1, 2, 4, 8, 16)
 _WARM_UP_RUNS = 3
 _MOST_INT8_TOKENS = 512
+# Of prefills at the start, so that no client waits while their kernels are compiled.
+_WARM_UP_TOKENS = (64, 256)
 R = TypeVar("R")
 
 
@@ -168,7 +170,16 @@ class FastSpan(Span):
                 meta = torch.zeros((4, batch), dtype=torch.int64, pin_memory=True)
                 meta[0], meta[1] = self._spare * C, 1
                 self._graphs[batch] = _capture(device, (hidden, meta), lambda given: (self._decode(*given),))
+            self._warm_up_long()
         progress(len(BATCHES), len(BATCHES))
+
+    def _warm_up_long(self) -> None:
+        for tokens in _WARM_UP_TOKENS:
+            rows = self._pool.reserve(1, max(1, min(tokens, self._pool.free)))
+            hidden = torch.zeros((rows.length, self.config.hidden_size), dtype=self.dtype, device=self.device)
+            for pad in (None, [1]):
+                self._step_long(hidden, [Part(rows, rows.length, 0, pad)])
+            self._pool.release(rows)
 
     def entry_device(self, tokens: int) -> torch.device:
         """Where hidden states of so many tokens are best handed in: those of a graph on the host."""
