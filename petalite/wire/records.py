@@ -15,6 +15,9 @@ from petalite.wire.writer import Plain
 
 _SMALLEST_BUFFER = 64 * 1024 + 1024
 _LARGEST_BUFFER = 1024 * 1024
+# In a row, after which the buffer is small again: in a stream of large messages a small read now and then is no end of
+# it, and a fresh megabyte costs as much as decrypting one.
+_SMALL_READS = 8
 _OVERHEAD = 2 + limits.RECORD_TAG
 _KEPT_OUTPUT = limits.WRITE_AHEAD + 4 * limits.MAX_FRAME
 
@@ -74,7 +77,7 @@ class RecordReader:
     """Collects bytes and decrypts whole records.
 
     Write received bytes into `space()`, say how many with `received(n)`, then call `next_frame()` until it
-    returns None. The buffer grows while reads fill it, and is small again after a read that left most of it empty.
+    returns None. The buffer grows while reads fill it, and is small again after some that left most of it empty.
     """
 
     def __init__(self, cipher: TransportCipher, trailing: bytes = b"", scratch: Scratch | None = None) -> None:
@@ -85,13 +88,14 @@ class RecordReader:
         self._start = 0
         self._end = len(trailing)
         self._last_read = 0
+        self._small_reads = 0  # in a row
 
     def space(self) -> memoryview:
         """Where the next bytes go: never empty."""
         size = len(self._view)
         if self._start == self._end:
             self._start = self._end = 0
-            if self._last_read < _SMALLEST_BUFFER // 2 and size > _SMALLEST_BUFFER:
+            if size > _SMALLEST_BUFFER and self._small_reads >= _SMALL_READS:
                 self._move_to(_SMALLEST_BUFFER)
         # A read that filled the buffer to its end has left more behind in the kernel.
         elif self._end == size or size - self._end < _SMALLEST_BUFFER // 2:
@@ -109,6 +113,7 @@ class RecordReader:
     def received(self, count: int) -> None:
         self._end += count
         self._last_read = count
+        self._small_reads = self._small_reads + 1 if count < _SMALLEST_BUFFER // 2 else 0
 
     def feed(self, data: bytes | bytearray | memoryview) -> Iterator[memoryview]:
         """Frames of `data`, for tests and tools: each is valid until the next is asked for."""

@@ -22,11 +22,12 @@ from petalite.net.connection import PeerConnection
 from petalite.net.endpoint import open_endpoint
 from tools.bench import wire
 from tools.bench._cache import cache_directory
+from tools.bench._cores import apart
 from tools.bench._result import Result, machine
 
 PINNED = "libp2p==0.8.1"
 MESSAGE = wire.MIB
-MESSAGES = 24
+MESSAGES = 96
 TRIP = 28 * wire.KIB
 TRIPS = 100
 TIMES, PART = 5, 0.5
@@ -68,37 +69,43 @@ Seconds = tuple[float, float]
 """For all bulk messages; for one round trip."""
 
 
-async def _measure(theirs: subprocess.Popen[str], ours: dict[str, Any], rounds: int) -> list[tuple[Seconds, Seconds]]:
+async def _measure(
+    theirs: tuple[subprocess.Popen[str], int], ours: dict[str, Any], rounds: int
+) -> list[tuple[Seconds, Seconds]]:
     found = []
     async with open_endpoint(Identity.generate()) as endpoint:
         connection = await endpoint.connect(Address.parse(ours["address"]))
         for _ in range(rounds + 1):
-            found.append((await _ours(connection), await trio.to_thread.run_sync(_ask, theirs)))
+            found.append((await _ours(connection, ours["pid"]), await trio.to_thread.run_sync(_ask, *theirs)))
     return found
 
 
-async def _ours(connection: PeerConnection) -> Seconds:
+async def _ours(connection: PeerConnection, server: int) -> Seconds:
     body = (bytes(TRIP),)
 
     async def trip() -> None:
         await connection.request("echo", {"n": 7, "pos": 100}, body, max_reply=TRIP)
 
-    bulk = MESSAGES * MESSAGE / await wire.our_throughput(connection, MESSAGE, MESSAGES)
+    with apart(0, server):
+        bulk = MESSAGES * MESSAGE / await wire.our_throughput(connection, MESSAGE, MESSAGES)
     return bulk, await wire.median_time(trip, TRIPS)
 
 
-def _ask(process: subprocess.Popen[str]) -> Seconds:
-    assert process.stdin is not None and process.stdout is not None
-    seconds = []
-    for errand in (f"bulk {MESSAGES} {MESSAGE}", f"trip {TRIPS} {TRIP}"):
-        process.stdin.write(f"{errand}\n")
-        process.stdin.flush()
-        seconds.append(float(process.stdout.readline()))
-    return seconds[0], seconds[1]
+def _ask(client: subprocess.Popen[str], server: int) -> Seconds:
+    def seconds(errand: str) -> float:
+        assert client.stdin is not None and client.stdout is not None
+        client.stdin.write(f"{errand}\n")
+        client.stdin.flush()
+        return float(client.stdout.readline())
+
+    with apart(client.pid, server):
+        bulk = seconds(f"bulk {MESSAGES} {MESSAGE}")
+    return bulk, seconds(f"trip {TRIPS} {TRIP}")
 
 
 @contextlib.contextmanager
-def _their_client(python: Path) -> Iterator[subprocess.Popen[str]]:
+def _their_client(python: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """The client's process, and the server's number."""
     command = [str(python), "-I", str(Path(__file__).with_name("_libp2p_peer.py"))]
     with subprocess.Popen([*command, "serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
@@ -108,7 +115,7 @@ def _their_client(python: Path) -> Iterator[subprocess.Popen[str]]:
                 [*command, "client", address], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
             ) as process:
                 try:
-                    yield process
+                    yield process, server.pid
                 finally:
                     process.kill()
         finally:

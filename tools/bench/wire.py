@@ -28,6 +28,7 @@ from petalite.net.connection import PeerConnection
 from petalite.net.endpoint import open_endpoint
 from petalite.wire.writer import Priority
 from tools.bench import _link
+from tools.bench._cores import apart
 from tools.bench._result import Result, machine
 
 KIB, MIB = 2**10, 2**20
@@ -126,7 +127,7 @@ def peer_process(host: str, prefix: tuple[str, ...] = ()) -> Iterator[dict[str, 
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stdin is not None
         try:
-            yield json.loads(process.stdout.readline())
+            yield {"pid": process.pid, **json.loads(process.stdout.readline())}
         finally:
             process.stdin.close()
             process.wait(10)
@@ -139,7 +140,8 @@ async def _measure_loopback(peer: dict[str, Any], rounds: int, result: Result) -
     async with open_endpoint(Identity.generate()) as endpoint:
         connection = await endpoint.connect(Address.parse(peer["address"]))
         for size in MESSAGES:
-            await _measure_throughput(connection, peer["raw"], size, rounds, result)
+            with apart(0, peer["pid"]):
+                await _measure_throughput(connection, peer["raw"], size, rounds, result)
         for size in STEPS:
             await _measure_round_trip(connection, peer["raw"], size, rounds, result)
 
