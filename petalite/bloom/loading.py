@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from petalite.bloom.blocks import Block, Embeddings, Head
 from petalite.bloom.checkpoint import DTYPES, HASHING_THREADS, Checkpoint, TensorInfo, block_prefix, sha256_of
 from petalite.bloom.manifest import Manifest
+from petalite.bloom.packed import packed, products, why_not_packed
 from petalite.bloom.quantize import Int8Linear, quantize_rows
 from petalite.bloom.span import Span
 from petalite.errors import CheckpointError
@@ -35,17 +36,21 @@ def load_span(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     quantize: Quantize = None,
+    pack: bool = False,
     progress: Progress | None = None,
     manifest: Manifest | None = None,
 ) -> Span:
     """Load blocks [start, end) and nothing else, in `dtype` or with int8 weights, on `device`.
 
-    With `manifest` every tensor's bytes are checked on their way. `progress` is called first and after each block.
+    `pack`: with the weights packed for this processor, where that can be. So they are written to fresh memory once,
+    which is what takes the time. With `manifest` every tensor's bytes are checked on their way. `progress` is called
+    first and after each block.
+
     Raises `CheckpointError` when the checkpoint or the range is wrong.
     """
     blocks: list[Block] = []
     report = progress or (lambda done, total: None)
-    with _Reader(directory, dtype, device, manifest) as reader:
+    with _Reader(directory, dtype, device, manifest, pack) as reader:
         config = reader.checkpoint.config
         if not 0 <= start < end <= config.n_layer:
             raise CheckpointError(f"{directory}: has blocks 0:{config.n_layer}, cannot serve {start}:{end}")
@@ -105,17 +110,24 @@ class _Reader:
     """
 
     def __init__(
-        self, directory: Path | str, dtype: torch.dtype, device: torch.device | str, manifest: Manifest | None
+        self,
+        directory: Path | str,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        manifest: Manifest | None,
+        pack: bool = False,
     ) -> None:
         self.checkpoint = Checkpoint(directory)
         self.dtype = dtype
         self.device = torch.device(device)
         self.manifest = manifest
+        self.packs = pack and not why_not_packed(self.device, dtype)
         if manifest is not None:
             manifest.check_config(self.checkpoint.config, self.checkpoint.directory)
         # Two buffers: one is hashed while the other is read.
         empty = torch.empty(0, dtype=torch.uint8)
         self._scratch: deque[tuple[Tensor, Future[None] | None]] = deque([(empty, None), (empty, None)])
+        self._wide = torch.empty(0, dtype=dtype)
         self._hashing = ThreadPoolExecutor(HASHING_THREADS)
         self._checks: list[Future[None]] = []
 
@@ -132,8 +144,11 @@ class _Reader:
     def fill(self, module: M, prefix: str, aliases: dict[str, str] | None = None) -> M:
         """Give every parameter of `module` its tensor: `prefix` + its own name, or what `aliases` says."""
         tensors: dict[str, Tensor] = {}
-        for name, _ in module.named_parameters():
-            tensors[name] = self._tensor((aliases or {}).get(name, prefix + name))
+        packing = products(module) if self.packs else []
+        later = {id(linear.weight) for _, _, linear in packing if isinstance(linear, nn.Linear)}
+        for name, parameter in module.named_parameters():
+            if id(parameter) not in later:
+                tensors[name] = self._tensor((aliases or {}).get(name, prefix + name))
         for name, child in module.named_modules():
             if isinstance(child, Int8Linear):
                 full = f"{prefix}{name}.weight"
@@ -143,7 +158,13 @@ class _Reader:
                     raise CheckpointError(f"{self.checkpoint.directory}: tensor {full}: {error}") from error
                 tensors[f"{name}.weight"] = codes.to(self.device)
                 tensors[f"{name}.scale"] = scale.to(self.device)
-        module.load_state_dict(tensors, assign=True)
+        names = {id(child): name for name, child in module.named_modules()}
+        module.load_state_dict(tensors, assign=True, strict=not later)
+        for parent, name, linear in packing:
+            if isinstance(linear, nn.Linear):
+                weight = self._converted(self._raw(f"{prefix}{names[id(linear)]}.weight"))
+                linear.weight = nn.Parameter(weight, requires_grad=False)
+            setattr(parent, name, packed(linear))
         module.requires_grad_(False)
         return module.eval()
 
@@ -167,6 +188,14 @@ class _Reader:
         tensor = scratch[: info.nbytes].view(DTYPES[info.dtype]).view(info.shape)
         self._scratch.append((scratch, self._read(name, tensor)))
         return tensor
+
+    def _converted(self, raw: Tensor) -> Tensor:
+        """`raw`, or the same in our dtype in a buffer that the next call overwrites."""
+        if raw.dtype == self.dtype:
+            return raw
+        if self._wide.numel() < raw.numel():
+            self._wide = torch.empty(raw.numel(), dtype=self.dtype)
+        return self._wide[: raw.numel()].view(raw.shape).copy_(raw)
 
     def _read(self, name: str, into: Tensor) -> Future[None] | None:
         """Read a tensor; what is returned is done when its hash has been compared."""

@@ -24,20 +24,35 @@ _ZERO = 128 * 256
 _FEWEST_ROWS = 4
 
 
+def why_not_packed(device: torch.device, dtype: torch.dtype) -> str:
+    """ "" or why weights stay as they are there."""
+    return _missing(dtype) if device.type == "cpu" else "not on a CPU"
+
+
 def pack(span: Span) -> str:
     """Pack the weights of `span` in place; "" or why they stay as they are. Blocking."""
-    if span.device.type != "cpu":
-        return "not on a CPU"
-    reason = _missing(span.dtype)
-    if reason:
-        return reason
-    for part in (part for layer in span.layers for part in (layer.self_attention, layer.mlp)):
-        for name, linear in list(part.named_children()):
-            if isinstance(linear, nn.Linear):
-                setattr(part, name, PackedLinear(linear))
-            elif isinstance(linear, Int8Linear) and torch.cpu._is_vnni_supported():
-                setattr(part, name, PackedInt8(linear))
-    return ""
+    reason = why_not_packed(span.device, span.dtype)
+    if not reason:
+        for part, name, linear in (each for layer in span.layers for each in products(layer)):
+            setattr(part, name, packed(linear))
+    return reason
+
+
+def products(block: nn.Module) -> list[tuple[nn.Module, str, nn.Linear | Int8Linear]]:
+    """The linear layers of a block: whose child each is, and by what name."""
+    return [
+        (part, name, child)
+        for part in block.modules()
+        for name, child in part.named_children()
+        if isinstance(child, nn.Linear | Int8Linear)
+    ]
+
+
+def packed(linear: nn.Linear | Int8Linear) -> nn.Module:
+    """The same product with packed weights, which are a copy; `linear` itself where this processor has none."""
+    if isinstance(linear, nn.Linear):
+        return PackedLinear(linear)
+    return PackedInt8(linear) if torch.cpu._is_vnni_supported() else linear
 
 
 def quicken(head: Head) -> None:

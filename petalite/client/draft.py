@@ -8,7 +8,6 @@ import torch
 
 from petalite.bloom.cache import CachePool
 from petalite.bloom.loading import load_span
-from petalite.bloom.packed import pack
 from petalite.bloom.span import Span
 from petalite.client.model import LocalParts, load_local_parts
 from petalite.client.sampling import Sampler
@@ -40,8 +39,9 @@ def load_draft(model: str, large: LocalParts) -> DraftModel:
     same = parts.tokenizer.get_vocab() == large.tokenizer.get_vocab()
     if not same or parts.config.vocab_size != large.config.vocab_size:
         raise CheckpointError(f"{parts.name}: its vocabulary is not that of {large.name}, so it cannot draft for it")
-    blocks = load_span(find_model(model), 0, parts.config.n_layer, dtype=dtype, device=device, manifest=parts.manifest)
-    pack(blocks)
+    blocks = load_span(
+        find_model(model), 0, parts.config.n_layer, dtype=dtype, device=device, pack=True, manifest=parts.manifest
+    )
     return DraftModel(parts, blocks)
 
 

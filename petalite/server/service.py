@@ -24,7 +24,7 @@ from petalite.bloom.config import BloomConfig
 from petalite.bloom.loading import load_span
 from petalite.bloom.lora import stack_adapter
 from petalite.bloom.manifest import Manifest
-from petalite.bloom.packed import pack
+from petalite.bloom.packed import why_not_packed
 from petalite.bloom.span import Span as BloomSpan
 from petalite.dht.ids import model_key, models_key
 from petalite.errors import ErrorCode, HandshakeError, PeerLost, PeerUnreachable, PetaliteError, RequestError
@@ -293,10 +293,11 @@ class Service:
                 dtype=options.dtype,
                 device=options.device,
                 quantize="int8" if options.quantize else None,
+                pack=True,
                 progress=lambda done, total: self._progress(f"loading blocks {span}", done, total),
                 manifest=options.manifest,
             )
-            reason = pack(loaded) if options.device.type == "cpu" else ""
+            reason = why_not_packed(options.device, options.dtype) if options.device.type == "cpu" else ""
             return loaded, reason, *best_threads(loaded, options.threads)
 
         blocks, reason, threads, self._rates = await self._blocking(read)

@@ -25,10 +25,11 @@ def kib(key):
 
 torch.set_num_threads(1)
 manifest = load_or_make(sys.argv[1])
-warm = load_span(sys.argv[1], 0, 1)  # whatever loads lazily is in
+pack = len(sys.argv) > 3
+warm = load_span(sys.argv[1], 0, 1, pack=pack)  # whatever loads lazily is in
 before = kib("VmRSS")
 open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
-span = load_span(sys.argv[1], 2, 6, dtype=getattr(torch, sys.argv[2]), manifest=manifest)
+span = load_span(sys.argv[1], 2, 6, dtype=getattr(torch, sys.argv[2]), pack=pack, manifest=manifest)
 pool = CachePool(span.config, 4, 100_000, dtype=span.dtype)
 print(json.dumps({"peak": kib("VmHWM") - before, "now": kib("VmRSS") - before, "weights": span.weight_bytes / 1024,
                   "cache": pool.bytes_per_token * 100_000 / 1024}))
@@ -36,13 +37,14 @@ print(json.dumps({"peak": kib("VmHWM") - before, "now": kib("VmRSS") - before, "
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("pack", [(), ("pack",)])
 @pytest.mark.parametrize(("file_dtype", "dtype"), [(torch.float32, "float32"), (torch.float16, "float32")])
-def test_resident_memory_of_a_span(tmp_path, file_dtype, dtype):
+def test_resident_memory_of_a_span(tmp_path, file_dtype, dtype, pack):
     config = BloomConfig(hidden_size=512, n_head=8, n_layer=8, vocab_size=64)
     write_checkpoint(tmp_path, config, shards=1, dtype=file_dtype)
     root = Path(__file__).parents[2]
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE, tmp_path, dtype], capture_output=True, text=True, cwd=root, check=True
+        [sys.executable, "-c", MEASURE, tmp_path, dtype, *pack], capture_output=True, text=True, cwd=root, check=True
     )
     measured = json.loads(done.stdout)
     assert measured["cache"] > 10 * measured["weights"]  # reserved, not resident

@@ -137,6 +137,7 @@ def block_names() -> list[str]:
         ("h.1.mlp.dense_4h_to_h.bias", lambda d, m: load_span(d, 1, 2, manifest=m)),
         ("h.1.mlp.dense_h_to_4h.weight", lambda d, m: load_span(d, 1, 2, manifest=m, dtype=torch.float16)),
         ("h.1.mlp.dense_h_to_4h.weight", lambda d, m: load_span(d, 1, 2, manifest=m, quantize="int8")),
+        ("h.1.mlp.dense_h_to_4h.weight", lambda d, m: load_span(d, 1, 2, manifest=m, pack=True)),
         ("word_embeddings.weight", lambda d, m: load_embeddings(d, manifest=m)),
         ("word_embeddings.weight", lambda d, m: load_head(d, manifest=m)),
         ("ln_f.bias", lambda d, m: load_head(d, manifest=m)),

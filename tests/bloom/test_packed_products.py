@@ -11,6 +11,7 @@ from torch import nn
 from petalite.bloom.cache import CachePool
 from petalite.bloom.config import BloomConfig
 from petalite.bloom.loading import load_embeddings, load_head, load_span
+from petalite.bloom.manifest import load_or_make
 from petalite.bloom.packed import PackedInt8, PackedLinear, UnpackedLinear, _rows_for, pack, quicken
 from petalite.bloom.quantize import Int8Linear, quantize_rows
 from petalite.bloom.span import Part
@@ -43,6 +44,32 @@ def test_a_packed_product_is_the_plain_one(inputs, outputs, rows):
     packed = PackedLinear(plain)
     torch.testing.assert_close(packed(x), plain(x), rtol=1e-5, atol=1e-5)
     assert torch.equal(packed.plain_weight(), plain.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("inputs", "outputs"), [(96, 288), (64, 64), (7, 5), (1, 1)])
+def test_packed_weights_are_a_copy_since_what_was_read_is_overwritten(inputs, outputs, dtype):
+    plain = a_linear(inputs, outputs).to(dtype)
+    expected = plain.weight.clone()
+    packed = PackedLinear(plain)
+    plain.weight.zero_()
+    assert torch.equal(packed.plain_weight().to(dtype), expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "quantize"), [(torch.float32, None), (torch.bfloat16, None), (torch.float32, "int8")]
+)
+def test_a_span_packed_while_it_is_read_is_the_one_packed_afterwards(pair, dtype, quantize):
+    p = pair()
+    manifest = load_or_make(p.directory)
+    span = load_span(p.directory, 0, p.span.end, dtype=dtype, quantize=quantize, pack=True, manifest=manifest)
+    twin = load_span(p.directory, 0, p.span.end, dtype=dtype, quantize=quantize)
+    pack(twin)
+    assert {type(layer.mlp.dense_4h_to_h) for layer in span.layers} == {type(twin.layers[0].mlp.dense_4h_to_h)}
+    x = torch.randn(2, 9, p.span.config.hidden_size).to(dtype)
+    with torch.inference_mode():
+        assert torch.equal(span(x), twin(x))
+    assert not any(parameter.requires_grad for parameter in span.parameters())
 
 
 @needs_vnni
