@@ -22,7 +22,6 @@ from petalite.wire.tensors import (
     RAW,
     Buffer,
     Descriptor,
-    encoded_size,
     tensor_error,
 )
 
@@ -73,7 +72,7 @@ def from_wire(
     Raw without a cast shares memory with a writable, aligned `buffer`, and keeps it alive. Raises RequestError(TENSOR)
     for a wrong number of bytes, NaN or infinity (before or after the cast), or scales or codes that no encoder makes.
     """
-    size = encoded_size(descriptor)
+    size = descriptor.nbytes
     if len(buffer) != size:
         raise tensor_error(descriptor, f"{len(buffer)} bytes, must be {size}")
     if descriptor.codec == INT8:

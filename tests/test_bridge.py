@@ -147,14 +147,14 @@ def test_value_that_does_not_fit_the_wanted_type_is_refused() -> None:
 def test_wrong_number_of_bytes_is_refused(codec: str, change: int) -> None:
     descriptor = Descriptor("h", "f32", (2, 64), codec)
     with pytest.raises(RequestError, match="bytes, must be"):
-        from_wire(descriptor, bytearray(tensors.encoded_size(descriptor) + change))
+        from_wire(descriptor, bytearray(descriptor.nbytes + change))
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.sampled_from(["f32", "f16", "bf16"]), st.integers(1, 70), st.data())
 def test_any_int8_bytes_are_judged_as_by_the_twin(dtype: str, width: int, data: st.DataObject) -> None:
     descriptor = Descriptor("h", dtype, (1, width), "i8b64")
-    size = tensors.encoded_size(descriptor)
+    size = descriptor.nbytes
     head = data.draw(st.sampled_from([b"", bytes(4), b"\x00\x00\x80\x3f", b"\xff\xff\xff\x7b", b"\x00\x00\x00\x80"]))
     body = bytearray((head + data.draw(st.binary(min_size=size, max_size=size)))[:size])
     try:

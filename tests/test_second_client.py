@@ -166,7 +166,7 @@ def judged_bodies(count: int) -> list[tuple[str, str]]:
             draw.choice(((1, 3), (1, 66))),
         )
         descriptor = tensors.Descriptor("h", dtype, shape, codec)
-        body = bytearray(draw.randbytes(tensors.encoded_size(descriptor)))
+        body = bytearray(draw.randbytes(descriptor.nbytes))
         if codec == tensors.INT8:
             body = body.replace(b"\x80", b"\x7f")
             for at in range(0, 4 * -(-shape[1] // 64), 4):

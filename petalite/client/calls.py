@@ -19,7 +19,7 @@ from petalite.identity import PeerId
 from petalite.net.connection import OnProgress, PeerConnection, Reply
 from petalite.swarm.node import Node
 from petalite.wire import messages
-from petalite.wire.tensors import Descriptor, encoded_size
+from petalite.wire.tensors import Descriptor
 from petalite.wire.writer import Priority
 
 log = logging.getLogger("petalite.client")
@@ -117,7 +117,7 @@ class Calls:
             message.to_wire(),
             body,
             priority=Priority.STEP if short else Priority.BULK,
-            max_reply=encoded_size(descriptor),
+            max_reply=descriptor.nbytes,
             on_progress=on_progress,
         )
         return _check_step(send, descriptor, reply)
@@ -126,7 +126,7 @@ class Calls:
         """The output of a step that the hop before brings."""
         descriptor = self._terms.descriptor(send.end - send.start)
         message = messages.Await(sid=send.hop.sid, n=send.n)
-        reply = await self._request(send.hop, "await", message.to_wire(), max_reply=encoded_size(descriptor))
+        reply = await self._request(send.hop, "await", message.to_wire(), max_reply=descriptor.nbytes)
         return _check_step(send, descriptor, reply)
 
     def connected(self, hop: Hop) -> bool:

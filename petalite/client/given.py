@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from petalite import bridge
-from petalite.wire.tensors import FLOATS, RAW, Descriptor, encoded_size
+from petalite.wire.tensors import FLOATS, RAW, Descriptor
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Given:
 
 def nbytes(tensor: Tensor) -> int:
     """Bytes that a tensor which is no activation takes in a body."""
-    return encoded_size(Descriptor("any", own_dtype(tensor), tuple(tensor.shape)))
+    return Descriptor("any", own_dtype(tensor), tuple(tensor.shape)).nbytes
 
 
 def own_dtype(tensor: Tensor) -> str:

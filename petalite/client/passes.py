@@ -32,7 +32,6 @@ from petalite.net.nursery import open_flat_nursery
 from petalite.swarm.node import Node
 from petalite.swarm.routing import Hop, Route
 from petalite.swarm.snapshot import Span
-from petalite.wire.tensors import encoded_size
 
 log = logging.getLogger("petalite.client")
 
@@ -175,7 +174,7 @@ class Passes:
 
     def _share(self, blocks: Span, batch: int, tokens: int, given: Given) -> tuple[int, int]:
         """How many servers there are for it, and how many rows a piece should have."""
-        token_bytes = encoded_size(self._known_terms().descriptor(1))
+        token_bytes = self._known_terms().descriptor(1).nbytes
         # An adapter travels with every piece: it should not outweigh what it is for.
         least = max(LEAST_TOKENS, given.block_bytes * blocks.size // (4 * token_bytes))
         planner, most = self._planner(given), max(tokens, PIECE_BYTES // token_bytes)
@@ -389,7 +388,7 @@ class _Piece:
         return count
 
     def _fits(self, blocks: int) -> bool:
-        activations = self.tokens * encoded_size(self.terms.descriptor(1))
+        activations = self.tokens * self.terms.descriptor(1).nbytes
         tapped = activations * (blocks - 1) if self.taps else 0
         beside = blocks * self.given.block_bytes
         memory = pass_bytes(self.passes.config, blocks, self.batch, self.length, backward=True, itemsize=4)

@@ -14,7 +14,7 @@ from petalite.errors import PeerLost, RequestError
 from petalite.net.connection import Reply
 from petalite.swarm.node import Node
 from petalite.swarm.routing import Hop
-from petalite.wire.tensors import RAW, Descriptor, encoded_size, total_size
+from petalite.wire.tensors import RAW, Descriptor, total_size
 from petalite.wire.training import Backward, BackwardReply, Forward, ForwardReply
 from petalite.wire.writer import Priority
 
@@ -121,7 +121,7 @@ def _decode(given: Sequence[Descriptor], due: Sequence[Descriptor], reply: Reply
     body = memoryview(reply.body[0])
     try:
         for tensor in due:
-            size = encoded_size(tensor)
+            size = tensor.nbytes
             made[tensor.name] = bridge.from_wire(tensor, body[at : at + size])
             at += size
     except RequestError as error:

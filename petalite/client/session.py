@@ -31,7 +31,6 @@ from petalite.net.nursery import open_flat_nursery
 from petalite.swarm.node import Node
 from petalite.swarm.routing import Route
 from petalite.swarm.snapshot import Span
-from petalite.wire.tensors import encoded_size
 
 __all__ = ["InferenceSession", "SessionError"]
 
@@ -93,9 +92,7 @@ class InferenceSession:
                     f"no intervention can be at border {border}: a model of {layers} blocks has 0..{layers}"
                 )
         terms = Terms(model=model, layers=layers, hidden=hidden, batch=batch, dtype=dtype, codec=codec)
-        self._longest_piece = min(
-            limits.PREFILL_TOKENS, max(1, limits.PREFILL_BYTES // encoded_size(terms.descriptor(1)))
-        )
+        self._longest_piece = min(limits.PREFILL_TOKENS, max(1, limits.PREFILL_BYTES // terms.descriptor(1).nbytes))
         self._pipeline = Pipeline(
             layers,
             batch=batch,

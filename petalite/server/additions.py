@@ -16,7 +16,7 @@ from petalite.bloom.span import Span
 from petalite.errors import ErrorCode, RequestError
 from petalite.wire.additions import width_of
 from petalite.wire.messages import Open
-from petalite.wire.tensors import encoded_size, total_size
+from petalite.wire.tensors import total_size
 
 log = logging.getLogger("petalite.server")
 
@@ -53,7 +53,7 @@ def decode_additions(message: Open, body: bytearray, span: Span) -> Additions:
     made: dict[str, Tensor] = {}
     view, at = memoryview(body), 0
     for tensor in message.tensors or ():
-        size = encoded_size(tensor)
+        size = tensor.nbytes
         made[tensor.name] = bridge.from_wire(tensor, view[at : at + size], span.device, span.dtype)
         at += size
     nbytes = sum(tensor.numel() * tensor.itemsize for tensor in made.values())

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final, NamedTuple
 from petalite.errors import ErrorCode, RequestError
 from petalite.limits import MAX_ADAPTER_BYTES, MAX_LORA_RANK, MAX_WORD
 from petalite.wire.packing import FieldError, Str
-from petalite.wire.tensors import FLOATS, RAW, Descriptor, check_names, encoded_size, parse_descriptors, total_size
+from petalite.wire.tensors import FLOATS, RAW, Descriptor, check_names, parse_descriptors, total_size
 
 # The products that an adapter may change -> widths of their input and output, in hidden sizes.
 LORA_TARGETS: Final[Mapping[str, tuple[int, int]]] = {
@@ -90,7 +90,7 @@ def check_adapter(name: str | None, given: Mapping[str, Descriptor], blocks: int
             raise FieldError(f"tensor {a.name!r}: rank {rank}, limit {MAX_LORA_RANK}", ErrorCode.RESOURCES)
         check_shape(a, (blocks, rank, wide_in * hidden))
         check_shape(b, (blocks, wide_out * hidden, rank))
-    size = sum(map(encoded_size, tensors))
+    size = sum(tensor.nbytes for tensor in tensors)
     if size > MAX_ADAPTER_BYTES:
         raise FieldError(f"an adapter of {size} bytes, limit {MAX_ADAPTER_BYTES}", ErrorCode.RESOURCES)
 

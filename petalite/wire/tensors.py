@@ -88,11 +88,6 @@ class Descriptor:
         return {"n": self.name, "d": self.dtype, "s": self.shape, "c": self.codec}
 
 
-def encoded_size(descriptor: Descriptor) -> int:
-    """Bytes that the tensor takes in a body."""
-    return descriptor.nbytes
-
-
 def _size_in_body(descriptor: Descriptor) -> int:
     """FieldError(TENSOR) once it is sure to exceed the largest body (PT-TEN-007)."""
     item = 1 if descriptor.codec == INT8 else DTYPES[descriptor.dtype].itemsize
@@ -111,7 +106,7 @@ def _size_in_body(descriptor: Descriptor) -> int:
 
 def total_size(descriptors: Iterable[Descriptor]) -> int:
     """Bytes of a body that holds these tensors; FieldError(TENSOR) if a body cannot."""
-    total = sum(map(encoded_size, descriptors))
+    total = sum(descriptor.nbytes for descriptor in descriptors)
     if total > MAX_BODY:
         raise FieldError(f"tensors of {total} bytes, larger than a body of {MAX_BODY}", ErrorCode.TENSOR)
     return total
@@ -191,7 +186,7 @@ def decode(descriptor: Descriptor, buffer: Buffer) -> Array:
 
     Raises RequestError(TENSOR) for a wrong number of bytes, and for i8b64 for scales or codes that no encoder makes.
     """
-    size = encoded_size(descriptor)
+    size = descriptor.nbytes
     if len(buffer) != size:
         raise tensor_error(descriptor, f"{len(buffer)} bytes, must be {size}")
     if descriptor.codec == INT8:

@@ -22,7 +22,6 @@ from petalite.server import scheduler
 from petalite.server.blockserver import BlockServer
 from petalite.server.executor import run_inline
 from petalite.wire import messages, packing
-from petalite.wire.tensors import encoded_size
 from petalite.wire.training import Backward, BackwardReply, Forward, ForwardReply
 
 VECTORS = json.loads((Path(__file__).parents[2] / "spec" / "vectors" / "training.json").read_text())["numbers"]
@@ -43,7 +42,7 @@ def decode(reply: Any, kind: Any) -> dict[str, Tensor]:
     made, at = {}, 0
     body = bytearray(b"".join(reply.body))
     for tensor in kind.from_wire(dict(reply.head)).tensors:
-        size = encoded_size(tensor)
+        size = tensor.nbytes
         made[tensor.name] = bridge.from_wire(tensor, body[at : at + size])
         at += size
     assert at == len(body)
@@ -187,7 +186,7 @@ async def test_no_number_is_refused_wherever_it_stands(place: str, tools: Any, m
     for tensor in tensors:
         if tensor.name == place:
             body[at : at + 4] = b"\xff" * 4
-        at += encoded_size(tensor)
+        at += tensor.nbytes
     request = Backward(model=tools.MODEL, blocks=(0, 4), wanted=("h",), tensors=tensors)
     with pytest.raises(RequestError) as caught:
         await client.request("backward", request, body)

@@ -20,7 +20,6 @@ from petalite.wire.tensors import (
     decode,
     describe,
     encode,
-    encoded_size,
     is_finite,
     parse_descriptors,
     total_size,
@@ -92,7 +91,7 @@ def test_descriptors_round_trip_in_order() -> None:
     ],
 )
 def test_encoded_size(dtype: str, codec: str, shape: tuple[int, ...], size: int) -> None:
-    assert encoded_size(Descriptor("h", dtype, shape, codec)) == size
+    assert Descriptor("h", dtype, shape, codec).nbytes == size
 
 
 GOOD = {"n": "h", "d": "f32", "s": [1, 2], "c": "raw"}
@@ -190,7 +189,7 @@ def test_unaligned_slice_decodes(offset: int, codec: str) -> None:
 def test_wrong_number_of_bytes_is_refused(codec: str, change: int) -> None:
     descriptor = Descriptor("h", "f32", (2, 64), codec)
     with pytest.raises(RequestError, match="bytes, must be") as caught:
-        decode(descriptor, bytes(encoded_size(descriptor) + change))
+        decode(descriptor, bytes(descriptor.nbytes + change))
     assert caught.value.code is ErrorCode.TENSOR
 
 
@@ -351,7 +350,7 @@ def test_int8_decoder_refuses_codes_that_no_encoder_makes() -> None:
 @given(st.sampled_from(["f32", "f16", "bf16"]), st.integers(1, 70), st.data())
 def test_any_bytes_decode_to_finite_values_or_are_refused(dtype: str, width: int, data: st.DataObject) -> None:
     descriptor = Descriptor("h", dtype, (1, width), INT8)
-    size = encoded_size(descriptor)
+    size = descriptor.nbytes
     try:
         got = decode(descriptor, data.draw(st.binary(min_size=size, max_size=size)))
     except RequestError as error:
