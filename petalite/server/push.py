@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import trio
@@ -32,6 +33,25 @@ class Send(Protocol):
     def __call__(
         self, peer: PeerId, method: str, head: Mapping[str, Any], body: Sequence[Buffer], priority: Priority, /
     ) -> Awaitable[None]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pushing:
+    """A step's output on its way to `peer`, before `deadline` on trio's clock. `unpushed`: what the session's owner is
+    told if it fails.
+    """
+
+    peer: PeerId
+    push: Push
+    body: Sequence[Buffer]
+    priority: Priority
+    deadline: float
+    unpushed: Unpushed
+
+    @property
+    def session(self) -> object:
+        """Which session's it is at `peer`."""
+        return (self.push.owner, self.push.sid)
 
 
 class Pusher:
@@ -71,61 +91,47 @@ class Pusher:
         if hops is not None and any(hop.peer in (self._own, sender) for hop in hops):
             raise RequestError(ErrorCode.BAD_REQUEST, "field 'next' leads back")
 
-    def start(
-        self,
-        peer: PeerId,
-        push: Push,
-        body: Sequence[Buffer],
-        priority: Priority,
-        deadline: float,
-        unpushed: Unpushed | None = None,
-    ) -> None:
-        """Send `push` to `peer` before `deadline` (trio's clock); returns at once. Over a connection that is there it
-        has left by then, as far as the transport takes it. `unpushed`: what its owner is told if it fails.
+    def start(self, pushing: Pushing) -> None:
+        """Returns at once. Over a connection that is there it has left by then, as far as the transport takes it.
 
         What a stalled peer keeps from leaving is bounded: MAX_PUSHES of a session, PUSH_SECONDS each.
         """
-        key = (push.owner, push.sid)
-        if self._nursery is None or self._under_way[key] >= limits.MAX_PUSHES:
-            self._failed(peer, push, "too many are under way", unpushed)
+        if self._nursery is None or self._under_way[pushing.session] >= limits.MAX_PUSHES:
+            self._failed(pushing, "too many are under way")
             return
-        deadline = min(deadline, trio.current_time() + limits.PUSH_SECONDS)
-        connection, request = self._connected(peer), None
+        deadline = min(pushing.deadline, trio.current_time() + limits.PUSH_SECONDS)
+        connection, begun = self._connected(pushing.peer), None
         if connection is not None:
             try:
-                request = connection.begin("push", push.to_wire(), body, deadline, priority=priority)
+                head = pushing.push.to_wire()
+                request = connection.begin("push", head, pushing.body, deadline, priority=pushing.priority)
             except PetaliteError as error:
-                self._failed(peer, push, error, unpushed)
+                self._failed(pushing, error)
                 return
-        self._under_way[key] += 1
-        self._nursery.start_soon(self._see_through, peer, push, body, priority, deadline, connection, request, unpushed)
+            begun = (connection, request)
+        self._under_way[pushing.session] += 1
+        self._nursery.start_soon(self._see_through, pushing, deadline, begun)
 
     async def _see_through(
-        self,
-        peer: PeerId,
-        push: Push,
-        body: Sequence[Buffer],
-        priority: Priority,
-        deadline: float,
-        connection: PeerConnection | None,
-        request: OwnRequest | None,
-        unpushed: Unpushed | None,
+        self, pushing: Pushing, deadline: float, begun: tuple[PeerConnection, OwnRequest] | None
     ) -> None:
         try:
             with trio.fail_at(deadline):
-                if connection is not None and request is not None:
+                if begun is not None:
+                    connection, request = begun
                     await connection.finish(request)
                 elif self._send is not None:
-                    await self._send(peer, "push", push.to_wire(), body, priority)
+                    await self._send(pushing.peer, "push", pushing.push.to_wire(), pushing.body, pushing.priority)
         except (PetaliteError, trio.TooSlowError) as error:
-            self._failed(peer, push, error, unpushed)
+            self._failed(pushing, error)
         finally:
-            self._under_way -= Counter({(push.owner, push.sid): 1})
+            self._under_way -= Counter({pushing.session: 1})
 
-    def _failed(self, peer: PeerId, push: Push, error: Exception | str, unpushed: Unpushed | None) -> None:
-        log.info("push of step %d to peer %s.. failed: %s", push.n, peer.short, error or "deadline passed")
-        if self._nursery is not None and unpushed is not None:
-            self._nursery.start_soon(self._tell, PeerId(push.owner), unpushed)
+    def _failed(self, pushing: Pushing, error: Exception | str) -> None:
+        n, peer = pushing.push.n, pushing.peer
+        log.info("push of step %d to peer %s.. failed: %s", n, peer.short, error or "deadline passed")
+        if self._nursery is not None:
+            self._nursery.start_soon(self._tell, PeerId(pushing.push.owner), pushing.unpushed)
 
     async def _tell(self, owner: PeerId, unpushed: Unpushed) -> None:
         connection = self._connected(owner)

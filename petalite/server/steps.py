@@ -17,7 +17,7 @@ from petalite.errors import ErrorCode, LocalProtocolError, RequestError
 from petalite.identity import PeerId
 from petalite.net.call import Call, Later, Reply
 from petalite.server.executor import Executor, StepWork
-from petalite.server.push import Pusher
+from petalite.server.push import Pusher, Pushing
 from petalite.server.scheduler import SHORT_TOKENS, Job
 from petalite.server.sessions import Answer, Running, Session, Watcher
 from petalite.server.state import SessionState
@@ -160,8 +160,15 @@ class Steps:
             next=tuple(rest) or None,
             tensors=answer.tensors,
         )
-        unpushed = messages.Unpushed(sid=session.open.sid, n=step.n)
-        self._pusher.start(PeerId(first.peer), push, answer.body, self._reply(answer).priority, deadline, unpushed)
+        pushing = Pushing(
+            peer=PeerId(first.peer),
+            push=push,
+            body=answer.body,
+            priority=self._reply(answer).priority,
+            deadline=deadline,
+            unpushed=messages.Unpushed(sid=session.open.sid, n=step.n),
+        )
+        self._pusher.start(pushing)
 
 
 def _answer(session: Session, running: Running, output: torch.Tensor) -> Answer:
