@@ -28,7 +28,8 @@ from petalite.client.generation import (
     real_tokens,
     step_in_time,
 )
-from petalite.client.model import LocalParts, Model, accelerated, load_local_parts
+from petalite.client.model import Model
+from petalite.client.parts import LocalParts, accelerated, load_local_parts
 from petalite.client.remote import RemoteBlocks
 from petalite.client.sampling import Sampling
 from petalite.client.searching import pieces_of, search_rows

@@ -9,7 +9,7 @@ import torch
 from petalite.bloom.cache import CachePool
 from petalite.bloom.loading import load_span
 from petalite.bloom.span import Span
-from petalite.client.model import LocalParts, load_local_parts
+from petalite.client.parts import LocalParts, load_local_parts
 from petalite.client.sampling import Sampler
 from petalite.client.speculation import Draft, Rate
 from petalite.errors import CheckpointError

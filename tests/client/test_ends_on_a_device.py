@@ -14,7 +14,7 @@ from torch import Tensor
 from petalite.bloom.span import Underway
 from petalite.client.api import RemoteModel, generation_of
 from petalite.client.generation import TokenRow, generate_rows
-from petalite.client.model import LocalParts
+from petalite.client.parts import LocalParts
 from tools.simulate_sessions.world import World, load_parts, open_world
 
 PROMPTS = ["The king said yes. The king said no. The king said", "Once upon a time"]

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from petalite.client.model import load_tokenizer
+from petalite.client.parts import load_tokenizer
 from petalite.client.text import TextStream
 from petalite.models import FAIRYTALE, find_model
 

@@ -141,7 +141,7 @@ async def open_swarm(subnet: str = "10.0") -> AsyncIterator[Swarm]:
 @pytest.fixture(scope="module")
 def told_alone() -> list[int]:
     """The greedy tokens of a plain local loop over all blocks."""
-    from petalite.client.model import load_local_parts
+    from petalite.client.parts import load_local_parts
 
     parts = load_local_parts("fairytale")
     span = load_span(DIRECTORY, 0, CONFIG.n_layer)

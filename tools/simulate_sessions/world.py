@@ -21,7 +21,8 @@ from petalite.bloom.manifest import load_or_make
 from petalite.bloom.span import Span
 from petalite.client.api import RemoteModel
 from petalite.client.generation import Generation, decode_tokens, prefill
-from petalite.client.model import LocalParts, Model, load_local_parts, load_tokenizer
+from petalite.client.model import Model
+from petalite.client.parts import LocalParts, load_local_parts, load_tokenizer
 from petalite.client.runner import run_inline
 from petalite.client.session import InferenceSession
 from petalite.identity import Address, Identity, PeerId
