@@ -145,9 +145,9 @@ class _Reader:
         """Give every parameter of `module` its tensor: `prefix` + its own name, or what `aliases` says."""
         tensors: dict[str, Tensor] = {}
         packing = products(module) if self.packs else []
-        later = {id(linear.weight) for _, _, linear in packing if isinstance(linear, nn.Linear)}
-        for name, parameter in module.named_parameters():
-            if id(parameter) not in later:
+        later = {f"{name}.weight" for name, linear in packing if isinstance(linear, nn.Linear)}
+        for name, _ in module.named_parameters():
+            if name not in later:
                 tensors[name] = self._tensor((aliases or {}).get(name, prefix + name))
         for name, child in module.named_modules():
             if isinstance(child, Int8Linear):
@@ -158,13 +158,12 @@ class _Reader:
                     raise CheckpointError(f"{self.checkpoint.directory}: tensor {full}: {error}") from error
                 tensors[f"{name}.weight"] = codes.to(self.device)
                 tensors[f"{name}.scale"] = scale.to(self.device)
-        names = {id(child): name for name, child in module.named_modules()}
         module.load_state_dict(tensors, assign=True, strict=not later)
-        for parent, name, linear in packing:
+        for name, linear in packing:
             if isinstance(linear, nn.Linear):
-                weight = self._converted(self._raw(f"{prefix}{names[id(linear)]}.weight"))
+                weight = self._converted(self._raw(f"{prefix}{name}.weight"))
                 linear.weight = nn.Parameter(weight, requires_grad=False)
-            setattr(parent, name, packed(linear))
+            module.set_submodule(name, packed(linear))
         module.requires_grad_(False)
         return module.eval()
 

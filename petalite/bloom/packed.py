@@ -33,19 +33,15 @@ def pack(span: Span) -> str:
     """Pack the weights of `span` in place; "" or why they stay as they are. Blocking."""
     reason = why_not_packed(span.device, span.dtype)
     if not reason:
-        for part, name, linear in (each for layer in span.layers for each in products(layer)):
-            setattr(part, name, packed(linear))
+        for layer in span.layers:
+            for name, linear in products(layer):
+                layer.set_submodule(name, packed(linear))
     return reason
 
 
-def products(block: nn.Module) -> list[tuple[nn.Module, str, nn.Linear | Int8Linear]]:
-    """The linear layers of a block: whose child each is, and by what name."""
-    return [
-        (part, name, child)
-        for part in block.modules()
-        for name, child in part.named_children()
-        if isinstance(child, nn.Linear | Int8Linear)
-    ]
+def products(block: nn.Module) -> list[tuple[str, nn.Linear | Int8Linear]]:
+    """The linear layers of a block, with their names in it."""
+    return [(name, part) for name, part in block.named_modules() if isinstance(part, nn.Linear | Int8Linear)]
 
 
 def packed(linear: nn.Linear | Int8Linear) -> nn.Module:

@@ -99,9 +99,9 @@ class Pipeline:
     """One session of `batch` rows through blocks [0, layers).
 
     `piece`: the most tokens of a row in one step, which the owner may change; `short`: the most tokens, over all rows,
-    of a step that may be pushed from
-    server to server; `new_sid` makes session ids. At the `cuts`, borders before a block, the owner changes what passes:
-    no hop reaches across one, and what goes on from there is what `intervened` was given.
+    of a step that may be pushed from server to server; `new_sid` makes session ids. At the `cuts`, borders before a
+    block, the owner changes what passes: no hop reaches across one, and what goes on from there is what `intervened`
+    was given.
     """
 
     def __init__(

@@ -256,6 +256,21 @@ class InferenceSession:
 
     # Acting
 
+    def _pace(self) -> None:
+        """Cut a prompt, or a replay, so that the servers it goes through work on it at the same time."""
+        pipeline = self._pipeline
+        if pipeline.batch * pipeline.due <= LEAST_TOKENS:
+            return
+        quick = self._node.quick.issuperset(hop.peer for hop in pipeline.hops)
+        paced_for = (pipeline.target, quick, [hop.sid for hop in pipeline.hops])
+        if paced_for == self._paced_for:
+            return
+        self._paced_for = paced_for
+        behind = [hop for hop in pipeline.hops if 2 * (pipeline.target - hop.position) > pipeline.due]
+        stages = self._planner.stages(behind)
+        most = self._longest_piece * (limits.QUICK_FACTOR if quick else 1)
+        pipeline.piece = piece_length(pipeline.due, pipeline.batch, stages, most)
+
     async def _advance(self, actions: list[Action]) -> None:
         if not actions:
             raise LocalProtocolError("the step is not complete, and nothing can be done")
@@ -421,21 +436,6 @@ class InferenceSession:
                 self._lost.append(f"peer {hop} is leaving")
 
     # Pushing
-
-    def _pace(self) -> None:
-        """Cut a prompt, or a replay, so that the servers it goes through work on it at the same time."""
-        pipeline = self._pipeline
-        if pipeline.batch * pipeline.due <= LEAST_TOKENS:
-            return
-        quick = self._node.quick.issuperset(hop.peer for hop in pipeline.hops)
-        paced_for = (pipeline.target, quick, [hop.sid for hop in pipeline.hops])
-        if paced_for == self._paced_for:
-            return
-        self._paced_for = paced_for
-        behind = [hop for hop in pipeline.hops if 2 * (pipeline.target - hop.position) > pipeline.due]
-        stages = self._planner.stages(behind)
-        most = self._longest_piece * (limits.QUICK_FACTOR if quick else 1)
-        pipeline.piece = piece_length(pipeline.due, pipeline.batch, stages, most)
 
     def _may_push(self) -> bool:
         """Not in the step that wakes a parked session: everybody would have to dial everybody one after the other."""

@@ -72,16 +72,23 @@ async def _measure(steps: int, wire: str) -> dict[str, list[float]]:
             local = _local_step(length)
             hidden = await relayed.embed([list(range(4, 4 + PROMPT_TOKENS))])
             async with relayed.session(max_len=length) as first, pushed.session(max_len=length) as second:
-                ways = {"relayed": first.step, "local": local, "pushed": second.step, "local ": local, LOOP: local}
+                ways = [
+                    ("relayed", first.step),
+                    ("local", local),
+                    ("pushed", second.step),
+                    ("local", local),
+                    (LOOP, local),
+                ]
                 for run in (first.step, second.step, local):
                     await run(hidden)
-                times: dict[str, list[float]] = {name.strip(): [] for name in ways}
-                for _ in range(steps + WARM_UP):
-                    for name, run in ways.items():
+                times: dict[str, list[float]] = {name: [] for name, _ in ways}
+                for number in range(WARM_UP + steps):
+                    for name, run in ways:
                         started = time.perf_counter()
                         await run(hidden[:, :1])
-                        times[name.strip()].append(time.perf_counter() - started)
-    return {name: seconds[WARM_UP * len(seconds) // (steps + WARM_UP) :] for name, seconds in times.items()}
+                        if number >= WARM_UP:
+                            times[name].append(time.perf_counter() - started)
+    return times
 
 
 def _local_step(length: int) -> Callable[[torch.Tensor], Awaitable[object]]:
