@@ -15,6 +15,7 @@ from petalite.errors import LocalProtocolError
 from petalite.limits import INT8_BLOCK
 from petalite.wire.tensors import (
     BAD_SCALE_BITS,
+    DTYPES,
     FLOATS,
     INT8,
     INT8_HUGE,
@@ -22,6 +23,8 @@ from petalite.wire.tensors import (
     RAW,
     Buffer,
     Descriptor,
+    known_descriptor,
+    surely_finite,
     tensor_error,
 )
 
@@ -33,6 +36,11 @@ _TORCH: Final[dict[str, torch.dtype]] = {
     "u8": torch.uint8,
 }
 _WIRE: Final = {dtype: name for name, dtype in _TORCH.items()}
+_HERE: Final = (None, "cpu", torch.device("cpu"))
+_NUMPY: Final = frozenset({"f32", "f16"})  # floats that numpy has too
+# Bytes of a few values. They are looked at, and cast, without torch: its kernels are quick, but a decode step finds
+# their code, and that of all that leads to them, in none of the processor's caches.
+_FEW_BYTES: Final = 2**15
 
 
 def wire_dtype(dtype: torch.dtype) -> str:
@@ -48,13 +56,20 @@ def torch_dtype(name: str) -> torch.dtype:
     return _TORCH[name]
 
 
-def to_wire(tensor: torch.Tensor, dtype: str, codec: str = RAW, name: str = "h") -> tuple[Descriptor, list[memoryview]]:
-    """Descriptor and body bytes of `tensor`, cast to `dtype` (a wire type) first.
+def to_wire(
+    tensor: torch.Tensor, dtype: str, codec: str = RAW, name: str = "h", shape: tuple[int, ...] | None = None
+) -> tuple[Descriptor, list[memoryview]]:
+    """Descriptor and body bytes of `tensor`, cast to `dtype` (a wire type) first; `shape`: as which it goes, if not as
+    its own.
 
-    Without a cast the bytes share memory with `tensor`: leave it alone until they are sent. Raises LocalProtocolError
-    if a value is NaN or infinite after the cast: what does not fit into f16 may fit into bf16, the caller's choice.
+    The bytes may share memory with `tensor`: leave it alone until they are sent. Raises LocalProtocolError if a value
+    is NaN or infinite after the cast: what does not fit into f16 may fit into bf16, the caller's choice.
     """
-    descriptor = Descriptor(name, dtype, tuple(tensor.shape), codec)
+    descriptor = known_descriptor(name, dtype, tuple(tensor.shape) if shape is None else shape, codec)
+    if codec == RAW and descriptor.nbytes <= _FEW_BYTES:
+        few = _encode_few(tensor, dtype)
+        if few is not None:
+            return descriptor, [few.data.cast("B")]
     values = tensor.detach().to(_TORCH[dtype])
     if dtype in FLOATS and not all_finite(values):
         _refuse(tensor, dtype, name)
@@ -65,9 +80,14 @@ def to_wire(tensor: torch.Tensor, dtype: str, codec: str = RAW, name: str = "h")
 
 
 def from_wire(
-    descriptor: Descriptor, buffer: Buffer, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    descriptor: Descriptor,
+    buffer: Buffer,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    shape: tuple[int, ...] | None = None,
 ) -> torch.Tensor:
-    """The tensor, on `device` (default: CPU) and cast to `dtype` (default: as sent).
+    """The tensor, on `device` (default: CPU) and cast to `dtype` (default: as sent); `shape`: as which it is wanted, if
+    not as it was sent.
 
     Raw without a cast shares memory with a writable, aligned `buffer`, and keeps it alive. Raises RequestError(TENSOR)
     for a wrong number of bytes, NaN or infinity (before or after the cast), or scales or codes that no encoder makes.
@@ -75,20 +95,58 @@ def from_wire(
     size = descriptor.nbytes
     if len(buffer) != size:
         raise tensor_error(descriptor, f"{len(buffer)} bytes, must be {size}")
+    if size <= _FEW_BYTES and descriptor.codec == RAW and device in _HERE:
+        few = _decode_few(descriptor, buffer, dtype)
+        if few is not None:
+            return torch.from_numpy(few.reshape(shape or descriptor.shape))
+    values = _decode(descriptor, buffer, device)
+    cast = values if dtype is None else values.to(dtype)
+    decoded = cast is values and descriptor.codec == INT8  # its scales were looked at
+    # What is not finite stays so when it is cast: one look is enough.
+    if descriptor.dtype in FLOATS and not decoded and not all_finite(cast):
+        if all_finite(values):
+            raise tensor_error(descriptor, f"a value does not fit into {dtype}")
+        raise tensor_error(descriptor, "NaN or infinity")
+    return cast if shape is None else cast.view(shape)
+
+
+def _decode(descriptor: Descriptor, buffer: Buffer, device: torch.device | str | None) -> torch.Tensor:
+    """What is sent raw may be NaN or infinite."""
     if descriptor.codec == INT8:
-        values = _decode_int8(descriptor, _tensor(buffer, torch.uint8).to(device))
-    else:
-        values = _tensor(buffer, _TORCH[descriptor.dtype]).view(descriptor.shape)
-        if device is not None:
-            values = values.to(device)  # first: looking at many values is quicker there
-        if descriptor.dtype in FLOATS and not all_finite(values):
-            raise tensor_error(descriptor, "NaN or infinity")
-    if dtype is None or dtype == values.dtype:
-        return values
-    cast = values.to(dtype)
-    if cast.dtype.is_floating_point and torch.finfo(dtype).max < torch.finfo(values.dtype).max and not all_finite(cast):
-        raise tensor_error(descriptor, f"a value does not fit into {dtype}")
-    return cast
+        return _decode_int8(descriptor, _tensor(buffer, torch.uint8).to(device))
+    # To its device first: looking at many values is quicker there.
+    return _tensor(buffer, _TORCH[descriptor.dtype]).view(descriptor.shape).to(device)
+
+
+def own(tensor: torch.Tensor, dtype: str) -> tuple[torch.Tensor, list[memoryview] | None]:
+    """A copy of `tensor` as a `dtype`, which no one else changes, and its bytes where they were at hand."""
+    few = _encode_few(tensor, dtype) if tensor.nbytes <= _FEW_BYTES else None
+    if few is None:
+        return tensor.detach().to(_TORCH[dtype], copy=True), None
+    return torch.from_numpy(few), [few.data.cast("B")]
+
+
+def _encode_few(tensor: torch.Tensor, dtype: str) -> np.ndarray[Any, np.dtype[Any]] | None:
+    """A copy. None for types that numpy lacks, another device, values that may be too large: `to_wire` judges those."""
+    have = _WIRE.get(tensor.dtype)
+    if have not in _NUMPY or dtype not in _NUMPY or not tensor.is_cpu or tensor.requires_grad:
+        return None
+    array: np.ndarray[Any, Any] = tensor.numpy()
+    return array.astype(DTYPES[dtype], "C") if surely_finite(have, array.tobytes(), dtype) else None
+
+
+def _decode_few(
+    descriptor: Descriptor, buffer: Buffer, dtype: torch.dtype | None
+) -> np.ndarray[Any, np.dtype[Any]] | None:
+    """As `_encode_few`."""
+    have = descriptor.dtype
+    want = have if dtype is None else _WIRE.get(dtype)
+    if have not in _NUMPY or want not in _NUMPY or not surely_finite(have, buffer, want):
+        return None
+    array = np.frombuffer(buffer, DTYPES[have])
+    if have != want:
+        return array.astype(DTYPES[want])
+    return array if array.flags.writeable and array.flags.aligned else array.copy()
 
 
 def all_finite(values: torch.Tensor) -> bool:

@@ -13,6 +13,7 @@ from petalite.errors import ErrorCode, LocalProtocolError, RequestError
 from petalite.wire import tensors
 from petalite.wire.tensors import Descriptor
 
+MANY = 2**14  # values, of which numpy makes no short work
 TORCH = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "i64": torch.int64, "u8": torch.uint8}
 
 
@@ -75,14 +76,42 @@ def test_cast_happens_before_the_codec() -> None:
 
 
 def test_raw_shares_memory_both_ways() -> None:
-    tensor = torch.ones(4)
+    tensor = torch.ones(MANY)
     _, (piece,) = to_wire(tensor, "f32")
     tensor[0] = 2
     assert bytes(piece[:4]) == b"\x00\x00\x00\x40"
-    body = bytearray(piece)
-    back = from_wire(Descriptor("h", "f32", (4,)), body)
-    body[:4] = bytes(4)
-    assert back.tolist() == [0, 1, 1, 1]
+    for count in (4, MANY):
+        body = bytearray(piece[: 4 * count])
+        back = from_wire(Descriptor("h", "f32", (count,)), body)
+        body[:4] = bytes(4)
+        assert back[:4].tolist() == [0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
+@pytest.mark.parametrize("to", [torch.float32, torch.float16, torch.bfloat16])
+def test_few_values_are_cast_as_torch_does(dtype: str, to: torch.dtype) -> None:
+    """Every half there is, and what lies beside and between them, in messages of few values."""
+    halves = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)
+    halves = halves[halves.isfinite()]
+    if dtype == "f32":
+        bits = halves.float().view(torch.int32)
+        near = torch.cat([bits + off for off in (-1, 0, 1, 2**11, 2**12 - 1, 2**12, 2**12 + 1)]).view(torch.float32)
+        halves = near[near.isfinite() & (near.abs() < 65520)]
+    for values in halves.split(1000):
+        descriptor, (piece,) = to_wire(values, dtype)
+        back = from_wire(descriptor, bytearray(piece), dtype=to, shape=(1, -1))
+        assert torch.equal(back, values.to(to)[None])
+        sent = to_wire(values, "f16", shape=(1, len(values)))
+        assert bytes(sent[1][0]) == values.half().numpy().tobytes() and sent[0].shape == (1, len(values))
+
+
+@pytest.mark.parametrize("count", [1, 9, MANY])
+def test_the_largest_values_are_sent_and_taken(count: int) -> None:
+    for dtype, plain in TORCH.items():
+        if plain.is_floating_point:
+            values = torch.full((count,), torch.finfo(plain).max, dtype=plain)
+            descriptor, pieces = to_wire(values, dtype)
+            assert torch.equal(from_wire(descriptor, bytearray(b"".join(pieces))), values)
 
 
 @pytest.mark.parametrize("offset", [0, 1, 2, 3])

@@ -50,6 +50,7 @@ _NAME: Final = Str(1, MAX_TENSOR_NAME)
 _WORD: Final = Str(1, MAX_TENSOR_NAME)
 _LIST: Final = ListOf(Map(), 0, MAX_TENSORS)
 _INTEGERS: Final = frozenset({int})
+_STRINGS: Final = frozenset({str})
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +120,10 @@ def parse_descriptors(raw: Any, *, names: Sequence[str] | None = None) -> tuple[
     codec or critical key; TENSOR for shapes and sizes that cannot be.
     """
     try:
+        if type(raw) is list and len(raw) == 1 and type(raw[0]) is dict:  # as in every step
+            only = _parse(raw[0])
+            if names is None or only.name in names:
+                return (only,)
         made = [_parse(fields) for fields in field({"t": raw}, "t", _LIST)]
         check_names(made, names)
         total_size(made)
@@ -129,18 +134,21 @@ def parse_descriptors(raw: Any, *, names: Sequence[str] | None = None) -> tuple[
 
 def _parse(fields: Mapping[str, Any]) -> Descriptor:
     refuse_critical(fields)
-    name, dtype = field(fields, "n", _NAME), field(fields, "d", _WORD)
-    codec, shape = field(fields, "c", _WORD), fields.get("s")
+    shape = fields.get("s")
+    words = (fields.get("n"), fields.get("d"), fields.get("c"))
+    if not (_STRINGS.issuperset(map(type, words)) and words[1] in DTYPES and words[2] in CODECS):
+        words = (field(fields, "n", _NAME), field(fields, "d", _WORD), field(fields, "c", _WORD))
+    name, dtype, codec = words
     if type(shape) is not list:
         raise RequestError(ErrorCode.BAD_REQUEST, f"tensor {name!r}: field 's' must be an array of integers")
     if not _INTEGERS.issuperset(map(type, shape)):
         raise RequestError(ErrorCode.BAD_REQUEST, f"tensor {name!r}: a dimension must be an integer")
-    return _known_descriptor(name, dtype, tuple(shape), codec)
+    return known_descriptor(name, dtype, tuple(shape), codec)
 
 
 @functools.lru_cache(maxsize=64)
-def _known_descriptor(name: str, dtype: str, shape: tuple[int, ...], codec: str) -> Descriptor:
-    """The steps of a session all bring the same few."""
+def known_descriptor(name: str, dtype: str, shape: tuple[int, ...], codec: str) -> Descriptor:
+    """A descriptor, made and checked once for many: the steps of a session all bring the same few."""
     return Descriptor(name, dtype, shape, codec)
 
 
@@ -207,6 +215,26 @@ def is_finite(dtype: str, array: Array) -> bool:
     # numpy tests halves one at a time; as integers without their sign they are ordered, infinity and NaN on top.
     bits = array.view(np.int16) & np.int16(0x7FFF)
     return int(bits.max()) < (0x7C00 if dtype == "f16" else 0x7F80)
+
+
+# High bytes of little-endian values that are, or may be, too large for a type: those that may be infinite or NaN, and
+# from 2**15 on for f16.
+_LARGEST: Final = {"f32": 0x7F, "bf16": 0x7F, "f16": 0x7C}
+_SUSPECT: Final = {
+    **{(name, name): bytes(high for high in range(256) if high & 0x7F >= top) for name, top in _LARGEST.items()},
+    ("f16", "f32"): bytes(high for high in range(256) if high & 0x7F >= _LARGEST["f16"]),
+    ("f32", "f16"): bytes(high for high in range(256) if high & 0x7F >= 0x47),
+}
+
+
+def surely_finite(dtype: str, data: Buffer, target: str) -> bool:
+    """Whether the high bytes alone of the values in `data` show that each is finite, and stays so as a `target`.
+
+    A quick look at few of them: where it says no, they may be finite nevertheless.
+    """
+    size = DTYPES[dtype].itemsize
+    high = bytes(data[size - 1 :: size])
+    return len(high.translate(None, _SUSPECT[dtype, target])) == len(high)
 
 
 def _widen(array: Array, dtype: str) -> Array:
