@@ -218,7 +218,7 @@ def decode(data: memoryview) -> Frame:
     Raises RemoteProtocolError(FRAME) for anything malformed and RemoteProtocolError(PROTOCOL) for an unknown
     critical type. A `Data` frame's body is a view into `data`.
     """
-    if (fast := _decode_data(data)) is not None:
+    if len(data) > 1 and data[1] == _DATA and (fast := _decode_data(data)) is not None:
         return fast
     values = packing.decode(data, max_size=limits.MAX_FRAME, max_str=limits.MAX_FRAME)
     if type(values) is not list or not values or type(values[0]) is not int:

@@ -63,6 +63,9 @@ class Span(Plain):
             raise FieldError(text, ErrorCode.NOT_SERVED)
 
 
+_DESCRIPTOR: Final = frozenset({Descriptor})
+
+
 class Tensors:
     """Descriptors of exactly the named tensors."""
 
@@ -78,16 +81,17 @@ class Tensors:
             raise FieldError(error.text, error.code) from None
 
     def check(self, name: str, value: Any) -> None:
-        if type(value) is not tuple or not all(type(tensor) is Descriptor for tensor in value):
+        if type(value) is not tuple or not _DESCRIPTOR.issuperset(map(type, value)):
             raise FieldError(f"field {name!r} must be a tuple of descriptors")
-        check_names(value, self.names)
-        if len(value) != len(self.names):
-            raise FieldError(f"field {name!r} must describe {', '.join(map(repr, self.names))}")
+        if len(value) != 1 or (value[0].name,) != self.names:
+            check_names(value, self.names)
+            if len(value) != len(self.names):
+                raise FieldError(f"field {name!r} must describe {', '.join(map(repr, self.names))}")
+            total_size(value)
         for tensor in value:
             if tensor.dtype not in self.dtypes or len(tensor.shape) != self.dimensions:
                 text = f"tensor {tensor.name!r}: must be {self.dimensions}-dimensional {'/'.join(sorted(self.dtypes))}"
                 raise FieldError(text, ErrorCode.TENSOR)
-        total_size(value)
 
     def dump(self, value: tuple[Descriptor, ...]) -> list[dict[str, Any]]:
         return [descriptor.to_wire() for descriptor in value]
@@ -123,6 +127,8 @@ class _Field(NamedTuple):
     key: str
     rule: Rule
     required: bool
+    plain: bool
+    """The rule's `load` and `dump` change nothing: not worth calling for every field of every step."""
 
 
 class Message:
@@ -132,7 +138,7 @@ class Message:
     FIELDS: ClassVar[tuple[_Field, ...]] = ()
 
     def __post_init__(self) -> None:
-        for attribute, key, rule, required in self.FIELDS:
+        for attribute, key, rule, required, _ in self.FIELDS:
             value = getattr(self, attribute)
             if value is not None or required:
                 rule.check(key, value)
@@ -144,10 +150,10 @@ class Message:
     def to_wire(self) -> dict[str, Any]:
         """The map that `encode` takes; a fresh one, to which the connection may add its keys."""
         made = {}
-        for attribute, key, rule, _ in self.FIELDS:
+        for attribute, key, rule, _, plain in self.FIELDS:
             value = getattr(self, attribute)
             if value is not None:
-                made[key] = rule.dump(value)
+                made[key] = value if plain else rule.dump(value)
         return made
 
     @classmethod
@@ -161,10 +167,10 @@ class Message:
         refuse_critical(received)
         values = {}
         try:
-            for attribute, key, rule, required in cls.FIELDS:
+            for attribute, key, rule, required, plain in cls.FIELDS:
                 raw = received.get(key)
                 if raw is not None:
-                    values[attribute] = rule.load(key, raw)
+                    values[attribute] = raw if plain else rule.load(key, raw)
                 elif required:
                     raise FieldError(f"field {key!r} is missing")
             return cls(**values)
@@ -184,7 +190,8 @@ def message(cls: type[M]) -> type[M]:
     for each in fields(made):  # type: ignore[arg-type]  # mypy does not see that `made` is a dataclass
         rule = hints[each.name].__metadata__[0]
         key, rule = (rule.key, rule.rule) if type(rule) is Key else (each.name, rule)
-        schema.append(_Field(each.name, key, rule, each.default is MISSING))
+        plain = type(rule).load is Plain.load and type(rule).dump is Plain.dump
+        schema.append(_Field(each.name, key, rule, each.default is MISSING, plain))
     made.FIELDS = tuple(schema)
     return made
 
