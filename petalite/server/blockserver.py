@@ -16,7 +16,7 @@ from petalite.errors import ErrorCode, RequestError
 from petalite.identity import PeerId
 from petalite.net.connection import Handler
 from petalite.server.additions import Adapters, with_adapter
-from petalite.server.executor import Executor, ThreadRunner, run_in_thread
+from petalite.server.executor import Executor, Here, ThreadRunner, run_in_thread
 from petalite.server.handlers import Handlers
 from petalite.server.push import Pusher
 from petalite.server.table import SessionTable
@@ -46,7 +46,7 @@ class BlockServer:
         quantize: str | None = None,
         idle_seconds: float = limits.SESSION_IDLE_SECONDS,
         runner: ThreadRunner = run_in_thread,
-        here: Callable[[Callable[[], None]], None] | None = None,
+        here: Here | None = None,
         adapters: Adapters | None = None,
     ) -> None:
         self.span = span

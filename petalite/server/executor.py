@@ -1,7 +1,8 @@
 """The one place that runs the model: one batch at a time, in a worker thread, so that the event loop stays free.
 
 Save for what takes less time than a thread costs: handing a step over and back is two wake-ups of a sleeping thread,
-0.3 to 0.7 ms on a small virtual machine (`tools/bench step`), and no ping minds waiting for BRIEF_SECONDS.
+0.3 to 0.7 ms on a small virtual machine (`tools/bench step`), and no ping minds waiting for what the scheduler calls
+brief.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ T = TypeVar("T")
 
 # How long the end of the executor waits for what is in the worker.
 STOP_SECONDS = 0.5
-# A short step runs in the event loop's own thread where such have lately taken no longer than this. One that comes
-# alone: while the model runs several, the loop has their neighbours' messages to see to.
-BRIEF_SECONDS = 0.01
+
+
+Here = Callable[[Callable[[], None]], None]
+"""Runs a brief function in the event loop's thread."""
 
 
 class ThreadRunner(Protocol):
@@ -51,8 +53,8 @@ async def run_inline(function: Callable[[], None], /) -> None:
 
 @dataclass(slots=True)
 class StepWork:
-    """What a step needs besides its hidden states. From the `cut` on the cache is not what it was before the step;
-    once `reordered`, that cannot be made good by another step.
+    """What a step needs, and its `hidden` states (rows x tokens, C) once they are decoded. From the `cut` on the cache
+    is not what it was before the step; once `reordered`, that cannot be made good by another step.
     """
 
     span: Span
@@ -73,13 +75,12 @@ class Executor:
     `runner` runs a function off the event loop; `here`, if there is one, runs a brief one in the loop's thread.
     """
 
-    def __init__(
-        self, runner: ThreadRunner = run_in_thread, here: Callable[[Callable[[], None]], None] | None = None
-    ) -> None:
+    def __init__(self, runner: ThreadRunner = run_in_thread, here: Here | None = None) -> None:
         self._runner = runner
         self._here = here
         self._scheduler = Scheduler()
         self._wake = trio.Event()
+        self._resting = False  # `run` waits for jobs
         self._stopping = False
         self._worked = 0.0  # seconds that the last batch was in the worker, without the way there
 
@@ -101,9 +102,24 @@ class Executor:
     def add(self, job: Job) -> None:
         """Queue `job`. Then its `result` is what `finish` returned, or its `error` a RequestError: what `prepare` or
         `finish` raised, INTERNAL for anything else that went wrong.
+
+        A brief one that nobody will share the model with is settled already when this returns: waking `run` for it
+        would take two turns of the loop.
         """
-        self._scheduler.add(job)
+        if self._here is None or not self._resting or not self._run_at_once(job, self._here):
+            self._scheduler.add(job)
         self._wake.set()
+
+    def _run_at_once(self, job: Job, here: Here) -> bool:
+        now = trio.current_time()
+        batch = None if job.training or job.work.span.asynchronous else self._scheduler.at_once(job, now)
+        if batch is None:
+            return False
+        self._resting = False  # what is added by those that hear of it waits for its turn
+        self._begin(batch)
+        here(lambda: compute(batch, _never))
+        self._end(batch, trio.current_time() - now)
+        return True
 
     def cancel(self, job: Job) -> None:
         """Nobody wants `job`: one that waits leaves at once, one that runs at its next block, its result dropped."""
@@ -117,18 +133,29 @@ class Executor:
         while True:
             batch = self._scheduler.next_batch(trio.current_time())
             if batch is None:
-                self._wake = trio.Event()
-                with trio.move_on_at(self._scheduler.wake_at()):
-                    await self._wake.wait()
+                await self._rest()
                 continue
-            for job in batch.jobs:
-                job.started()
+            self._begin(batch)
             begun = trio.current_time()
             await self._run_batch(batch)
-            self._scheduler.finished(batch, self._worked if batch.training else trio.current_time() - begun)
-            for job in batch.jobs:
-                if job.over:
-                    job.settled()
+            self._end(batch, self._worked if batch.training else trio.current_time() - begun)
+
+    async def _rest(self) -> None:
+        self._wake = trio.Event()
+        self._resting = True
+        with trio.move_on_at(self._scheduler.wake_at()):
+            await self._wake.wait()
+        self._resting = False
+
+    def _begin(self, batch: Batch) -> None:
+        for job in batch.jobs:
+            job.started()
+
+    def _end(self, batch: Batch, seconds: float) -> None:
+        self._scheduler.finished(batch, seconds)
+        for job in batch.jobs:
+            if job.over:
+                job.settled()
 
     def _interrupted(self, batch: Batch, begun: float) -> bool:
         if batch.training:
@@ -142,14 +169,14 @@ class Executor:
         if batch.jobs[0].work.span.asynchronous:
             await self._run_on_device(batch, self._here)
             return
-        if len(batch.jobs) > 1 or not 0 < self._scheduler.short_seconds <= BRIEF_SECONDS:
+        if len(batch.jobs) > 1 or not self._scheduler.brief:
             await self._run_in_worker(batch)
             return
         self._here(lambda: compute(batch, _never))
         if len(self._scheduler):
             await trio.lowlevel.checkpoint()  # others first; where nothing waits, `run` itself will
 
-    async def _run_on_device(self, batch: Batch, here: Callable[[Callable[[], None]], None]) -> None:
+    async def _run_on_device(self, batch: Batch, here: Here) -> None:
         """The loop's thread hands the batch to the device, and looks until it is through, others first: what the
         device's own wait does in a thread of its own, without a thread to wake.
         """
@@ -289,15 +316,16 @@ def _run_whole(jobs: Sequence[Job]) -> None:
 
 def _begin_whole(jobs: Sequence[Job]) -> Underway[Tensor]:
     span: Span = jobs[0].work.span
-    underway = span.begin_batch([_flat(job.work.hidden) for job in jobs], [_part(job) for job in jobs])
+    underway = span.begin_batch([job.work.hidden for job in jobs], [_part(job) for job in jobs])
     for job in jobs:
         job.meanwhile()
     return underway
 
 
 def _take_whole(jobs: Sequence[Job], output: Tensor) -> None:
-    for job, result in zip(jobs, torch.split(output, [job.size for job in jobs]), strict=True):
-        job.work.outputs.append(result.view(job.work.hidden.shape))
+    results = (output,) if len(jobs) == 1 else torch.split(output, [job.size for job in jobs])
+    for job, result in zip(jobs, results, strict=True):
+        job.work.outputs.append(result)
         job.done = job.tokens
 
 
@@ -306,13 +334,13 @@ def _run_long(job: Job, urgent: Callable[[], bool]) -> None:
     work: StepWork = job.work
     if work.hidden is None:
         return
-    piece = work.hidden[:, job.done : job.done + job.piece]
     if work.passing is None:
-        work.passing = work.span.step_blocks(_flat(piece), (_part(job),))
+        piece = work.hidden.view(job.batch, job.tokens, -1)[:, job.done : job.done + job.piece]
+        work.passing = work.span.step_blocks(piece.reshape(job.batch * job.piece, -1), (_part(job),))
     for output in work.passing:
         job.at_block += 1
         if job.at_block == job.blocks:
-            work.outputs.append(output.view(piece.shape))
+            work.outputs.append(output.view(job.batch, job.piece, -1))
             work.passing, job.at_block, job.done = None, 0, job.done + job.piece
             if job.done >= job.tokens:
                 job.meanwhile()
@@ -334,10 +362,6 @@ def _run_training(job: Job, urgent: Callable[[], bool]) -> None:
             job.at_block += 1
             if urgent():
                 return
-
-
-def _flat(hidden: Tensor) -> Tensor:
-    return hidden.reshape(-1, hidden.shape[-1])
 
 
 def _part(job: Job) -> Part:

@@ -34,6 +34,10 @@ class Gathering:
             self._usual.pop(session, None)
         self._away.update(dict.fromkeys(sessions, (now, group)))
 
+    def expects_by(self, time: float) -> bool:
+        """Whether a session is likely to bring a step before `time`, or is late with one."""
+        return any(since + self._usual.get(session, 0.0) <= time for session, (since, _) in self._away.items())
+
     def until(self, group: Hashable, batch_seconds: float, now: float) -> float:
         """Until when a batch of the group should wait; `now` if for nobody. Who was waited for in vain is waited for
         again only once it has come back in time.

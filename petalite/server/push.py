@@ -37,16 +37,15 @@ class Send(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pushing:
-    """A step's output on its way to `peer`, before `deadline` on trio's clock. `unpushed`: what the session's owner is
-    told if it fails.
-    """
+    """The output of step `n` of our session `sid`, on its way to `peer`, before `deadline` on trio's clock."""
 
     peer: PeerId
     push: Push
     body: Sequence[Buffer]
     priority: Priority
     deadline: float
-    unpushed: Unpushed
+    sid: bytes
+    n: int
 
     @property
     def session(self) -> object:
@@ -131,7 +130,8 @@ class Pusher:
         n, peer = pushing.push.n, pushing.peer
         log.info("push of step %d to peer %s.. failed: %s", n, peer.short, error or "deadline passed")
         if self._nursery is not None:
-            self._nursery.start_soon(self._tell, PeerId(pushing.push.owner), pushing.unpushed)
+            unpushed = Unpushed(sid=pushing.sid, n=pushing.n)
+            self._nursery.start_soon(self._tell, PeerId(pushing.push.owner), unpushed)
 
     async def _tell(self, owner: PeerId, unpushed: Unpushed) -> None:
         connection = self._connected(owner)

@@ -32,6 +32,9 @@ TRAINING_PAUSE = 3.8
 TRAINING_CREDIT_SECONDS = 0.1
 # It does not pause, but fills every gap, where a block of it takes no more than this part of a short step's time.
 TRAINING_BRIEF = 0.2
+# A short step runs in the event loop's own thread where such have lately taken no longer than this. One that comes
+# alone: while the model runs several, the loop has their neighbours' messages to see to.
+BRIEF_SECONDS = 0.01
 # A clock that stands still (tests) must not make a token cost nothing.
 LEAST_SECONDS = 1e-9
 
@@ -141,6 +144,26 @@ class Scheduler:
     def wanted(self) -> bool:
         """Others wait: training should pause at its next block. Read from the worker thread too."""
         return bool(self._short or self._long or self._begun)
+
+    @property
+    def brief(self) -> bool:
+        """A short step takes less than handing it to another thread and back."""
+        return 0 < self.short_seconds <= BRIEF_SECONDS
+
+    def at_once(self, job: Job, now: float) -> Batch | None:
+        """`job`, which is not queued, as a batch of its own: if it is brief, nothing else waits, and nobody is expected
+        with another while it runs. Else None, and it is to be added.
+        """
+        if not self.brief or not job.short or self._short or self._long or self._training or self._begun:
+            return None
+        self._see_off(now)
+        if job.session is not None:
+            self._gathering.came(job.session, job.came_at)
+        if self._passing is not None or self._gathering.expects_by(now + self.short_seconds):
+            return None
+        self._load[job.owner] += job.size
+        self._busy_at = self._short_at = now
+        return Batch((job,), (job.tokens,))
 
     def load(self, owner: Hashable) -> int:
         """Tokens of `owner` that wait or run, training aside."""

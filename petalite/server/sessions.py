@@ -16,6 +16,7 @@ from petalite.server.additions import Additions
 from petalite.server.state import IN_PROGRESS, SESSION_REFUSALS, SESSION_TRANSITIONS, SessionEvent, SessionState
 from petalite.wire.messages import Open, Step
 from petalite.wire.tensors import Descriptor
+from petalite.wire.writer import Priority
 
 StepDigest = tuple[object, ...]
 
@@ -27,6 +28,7 @@ class Answer:
     head: dict[str, Any]
     body: Sequence[memoryview]
     tensors: tuple[Descriptor, ...] = ()
+    priority: Priority = Priority.STEP
 
     @property
     def size(self) -> int:

@@ -86,9 +86,8 @@ class Steps:
         return _Want(self._table, session, call, find, self._reply, message.n).begin()
 
     def _reply(self, answer: Answer) -> Reply:
-        batch, tokens, _ = answer.tensors[0].shape
-        priority = Priority.STEP if batch * tokens <= SHORT_TOKENS else Priority.BULK
-        return Reply(answer.head | {"drain": True} if self._draining() else answer.head, answer.body, priority)
+        head = answer.head | {"drain": True} if self._draining() else answer.head
+        return Reply(head, answer.body, answer.priority)
 
     # What they share
 
@@ -122,7 +121,7 @@ class Steps:
             self._table.settle(session, outcome, trio.current_time(), broken=work.reordered)
 
         step = running.step
-        batch, tokens, _ = step.tensors[0].shape
+        batch, tokens, hidden = step.tensors[0].shape
         span = session.span
         work = StepWork(span, session.rows, step.pos, step.pad, step.hypo, session.additions.prompts)
         job = Job(
@@ -134,7 +133,7 @@ class Steps:
             session=session.key,
             came_at=trio.current_time(),
             prepare=lambda: bridge.from_wire(
-                step.tensors[0], running.body, span.entry_device(batch * tokens), span.dtype
+                step.tensors[0], running.body, span.entry_device(batch * tokens), span.dtype, (batch * tokens, hidden)
             ),
             meanwhile=running.take_digest,
             finish=lambda output: _answer(session, running, output),
@@ -164,9 +163,10 @@ class Steps:
             peer=PeerId(first.peer),
             push=push,
             body=answer.body,
-            priority=self._reply(answer).priority,
+            priority=answer.priority,
             deadline=deadline,
-            unpushed=messages.Unpushed(sid=session.open.sid, n=step.n),
+            sid=session.open.sid,
+            n=step.n,
         )
         self._pusher.start(pushing)
 
@@ -175,12 +175,13 @@ def _answer(session: Session, running: Running, output: torch.Tensor) -> Answer:
     """In the worker thread: the output as it goes on the wire."""
     step, opened = running.step, session.open
     try:
-        tensor, body = bridge.to_wire(output, opened.dtype, opened.codec)
+        tensor, body = bridge.to_wire(output, opened.dtype, opened.codec, shape=step.tensors[0].shape)
     except LocalProtocolError as error:
         raise RequestError(ErrorCode.TENSOR, f"the result cannot be sent: {error}", {"retry": False}) from error
-    position = step.pos + step.tensors[0].shape[1]
+    batch, tokens, _ = step.tensors[0].shape
+    position = step.pos + tokens
     reply = messages.StepReply(n=step.n, pos=position, tensors=(tensor,))
-    return Answer(reply.to_wire(), body, (tensor,))
+    return Answer(reply.to_wire(), body, (tensor,), Priority.STEP if batch * tokens <= SHORT_TOKENS else Priority.BULK)
 
 
 def _check_body(tensors: tuple[Descriptor, ...], body: bytearray) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -69,6 +69,11 @@ def joined(body: Any) -> bytearray:
     return bytearray(b"".join(bytes(piece) for piece in body))
 
 
+def received(reply: Reply) -> Reply:
+    """As it is after its way over the wire."""
+    return dataclasses.replace(reply, head=packing.decode(packing.encode(dict(reply.head))))
+
+
 def output_of(reply: Reply) -> torch.Tensor:
     descriptor = messages.StepReply.from_wire(dict(reply.head)).tensors[0]
     return bridge.from_wire(descriptor, joined(reply.body))
@@ -85,12 +90,17 @@ class Client:
     async def request(
         self, method: str, head: messages.Message | dict[str, Any], body: bytearray | None = None
     ) -> Reply:
+        return received(await self.begin(method, head, body))
+
+    def begin(
+        self, method: str, head: messages.Message | dict[str, Any], body: bytearray | None = None
+    ) -> Awaitable[Reply]:
+        """What the handler returns."""
         fields = packing.decode(packing.encode(head if isinstance(head, dict) else head.to_wire()))
         request: Any = SimpleNamespace(progress={"s": "running"})  # all that a call needs of its stream
         self.calls.append(request)
         call = Call(self.peer, method, fields, body or bytearray(), request, trio.current_effective_deadline())
-        reply = await self.server.methods[method](call)
-        return dataclasses.replace(reply, head=packing.decode(packing.encode(dict(reply.head))))
+        return self.server.methods[method](call)
 
     async def open(self, number: int = 1, **changes: Any) -> Reply:
         return await self.request("open", open_message(number, **changes))

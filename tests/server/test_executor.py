@@ -7,10 +7,11 @@ import threading
 import pytest
 import torch
 import trio
+import trio.testing
 
 from petalite.bloom.span import Span
 from petalite.errors import ErrorCode, RequestError
-from petalite.server import executor
+from petalite.server import scheduler
 from petalite.server.executor import run_in_thread
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -120,7 +121,7 @@ async def test_steps_known_to_be_brief_spare_the_thread(
     brief: float, in_the_loop: int, tools, make_server, monkeypatch
 ) -> None:
     """The first of four steps tells how long they take; the rest stay in the loop's thread if that is little."""
-    monkeypatch.setattr(executor, "BRIEF_SECONDS", brief)
+    monkeypatch.setattr(scheduler, "BRIEF_SECONDS", brief)
     server = await make_server(runner=run_in_thread, here=lambda function: function())
     client = tools.Client(server)
     await client.open()
@@ -136,3 +137,21 @@ async def test_steps_known_to_be_brief_spare_the_thread(
     torch.testing.assert_close(output, tools.make_span()(x), **CLOSE)
     assert threads[0] != threading.get_ident()
     assert threads[1:].count(threading.get_ident()) == in_the_loop
+
+
+@pytest.mark.parametrize("expected", [False, True])
+async def test_a_brief_step_is_answered_at_once_unless_another_is_expected(
+    expected: bool, tools, make_server, monkeypatch
+) -> None:
+    """No turn of the loop passes between the request and its answer."""
+    monkeypatch.setattr(scheduler, "BRIEF_SECONDS", 1e6)
+    monkeypatch.setattr(scheduler.Gathering, "expects_by", lambda gathering, time: expected)
+    server = await make_server(runner=run_in_thread, here=lambda function: function())
+    client, x = tools.Client(server), tools.hidden(3)
+    await client.open()
+    for i in range(2):
+        await client.run(x[:, i : i + 1], i, i)
+    await trio.testing.wait_all_tasks_blocked()
+    later = client.begin("step", *tools.step_message(x[:, 2:], 2, 2))
+    assert (later.outcome is None) == expected
+    torch.testing.assert_close(tools.output_of(tools.received(await later)), tools.make_span()(x)[:, 2:], **CLOSE)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from petalite.server import scheduler as module
 from petalite.server.gathering import AWAY_SECONDS, GATHER_SHARE, Gathering
-from petalite.server.scheduler import BATCH_TOKENS, SHORT_TOKENS, SMALLEST_PIECE, Batch, Job, Scheduler
+from petalite.server.scheduler import BATCH_TOKENS, BRIEF_SECONDS, SHORT_TOKENS, SMALLEST_PIECE, Batch, Job, Scheduler
 
 BLOCKS = 4
 
@@ -512,3 +512,47 @@ def test_sessions_that_went_away_are_forgotten() -> None:
         gathering.came(number, number * AWAY_SECONDS)
         gathering.left([number], "0:4", number * AWAY_SECONDS)
     assert len(gathering._away) == len(gathering._usual) == 2
+
+
+QUICK = BRIEF_SECONDS / 2
+
+
+def lone(scheduler: Scheduler, step: Job, seconds: float = QUICK) -> float:
+    """Run `step`, which waits for nobody; the time after it."""
+    scheduler.add(step)
+    run(take(scheduler, step.came_at), scheduler, seconds)
+    assert scheduler.next_batch(step.came_at + seconds) is None
+    return step.came_at + seconds
+
+
+@pytest.mark.parametrize(("due_in", "at_once"), [(0.5 * QUICK, False), (1.5 * QUICK, True)])
+def test_a_step_runs_at_once_unless_another_is_expected_meanwhile(due_in: float, at_once: bool) -> None:
+    """`due_in`: when the other session should be back, as it was the last time."""
+    scheduler = Scheduler()
+    now = lone(scheduler, decode("other", 0.0))
+    now = lone(scheduler, decode("other", now + 4 * QUICK))
+    step = decode("mine", now + 4 * QUICK - due_in)
+    batch = scheduler.at_once(step, step.came_at)
+    assert (batch is not None) == at_once
+    if batch is not None:
+        assert batch.jobs == (step,) and scheduler.load(step.owner) == 1
+        run(batch, scheduler, QUICK)
+    assert (len(scheduler), scheduler.load(step.owner)) == (0, 0)
+
+
+def test_what_is_not_known_to_be_brief_does_not_run_at_once() -> None:
+    scheduler = Scheduler()
+    assert scheduler.at_once(decode("a", 0.0), 0.0) is None  # nobody knows yet how long steps take
+    now = lone(scheduler, decode("a", 0.0)) + AWAY_SECONDS
+    assert scheduler.at_once(job(SHORT_TOKENS + 1), now) is None
+    slow = Scheduler()
+    now = lone(slow, decode("a", 0.0), 2 * BRIEF_SECONDS) + AWAY_SECONDS
+    assert slow.at_once(decode("a", now), now) is None
+
+
+@pytest.mark.parametrize("waiting", [1, SHORT_TOKENS + 1])
+def test_nothing_runs_at_once_before_what_waits(waiting: int) -> None:
+    scheduler = Scheduler()
+    now = lone(scheduler, decode("a", 0.0)) + 4 * QUICK
+    scheduler.add(job(waiting, owner="b"))
+    assert scheduler.at_once(decode("a", now), now) is None
