@@ -115,5 +115,9 @@ class PeerUnreachable(PeerLost):
     """No connection could be made; nothing was asked."""
 
 
+class ReplyLate(PetaliteError):
+    """No reply came within the time that the request was given; the peer was told that none is wanted any more."""
+
+
 class CheckpointError(PetaliteError):
     """A checkpoint is missing, wrong or truncated; the text names file, tensor and what was expected."""

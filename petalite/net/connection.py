@@ -42,16 +42,29 @@ OnProgress = Callable[[Mapping[str, Any]], None]
 class _Waiter:
     """Where a requesting task waits for the outcome of its request."""
 
-    __slots__ = ("done", "on_progress", "outcome")
+    __slots__ = ("_task", "on_progress", "outcome")
 
     def __init__(self, on_progress: OnProgress | None) -> None:
-        self.done = trio.Event()
         self.outcome: Reply | Exception | None = None
         self.on_progress = on_progress
+        self._task: trio.lowlevel.Task | None = None
 
     def settle(self, outcome: Reply | Exception) -> None:
         self.outcome = outcome
-        self.done.set()
+        if self._task is not None:
+            trio.lowlevel.reschedule(self._task)
+            self._task = None
+
+    async def settled(self) -> None:
+        if self.outcome is not None:
+            await trio.lowlevel.checkpoint()
+            return
+        self._task = trio.lowlevel.current_task()
+        await trio.lowlevel.wait_task_rescheduled(self._gave_up)
+
+    def _gave_up(self, raise_cancel: object) -> trio.lowlevel.Abort:
+        self._task = None
+        return trio.lowlevel.Abort.SUCCEEDED
 
 
 class PeerConnection:
@@ -137,18 +150,28 @@ class PeerConnection:
         priority: Priority = Priority.STEP,
         max_reply: int = 0,
         on_progress: OnProgress | None = None,
+        patience: float = math.inf,
     ) -> Reply:
-        """Ask, and wait for the whole reply within the caller's deadline.
+        """Ask, and wait for the whole reply within the caller's deadline, and for `patience` seconds at most.
 
         Raises RequestError (the peer answered with an error), PeerLost (it may or may not have been done),
-        PeerUnreachable (it was not asked), LocalProtocolError (too large for the peer; nothing was sent).
-        Cancelled: the peer is told. `body` must not change before the reply is there.
+        PeerUnreachable (it was not asked), LocalProtocolError (too large for the peer; nothing was sent), ReplyLate
+        (patience ran out), what `on_progress` raises. Cancelled: the peer is told. `body` must not change before the
+        reply is there.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
         deadline = trio.current_effective_deadline()
-        return await self.finish(
-            self.begin(method, head, body, deadline, priority=priority, max_reply=max_reply, on_progress=on_progress)
+        request = self.begin(
+            method,
+            head,
+            body,
+            deadline,
+            priority=priority,
+            max_reply=max_reply,
+            on_progress=on_progress,
+            patience=patience,
         )
+        return await self.finish(request)
 
     def begin(
         self,
@@ -160,6 +183,7 @@ class PeerConnection:
         priority: Priority = Priority.STEP,
         max_reply: int = 0,
         on_progress: OnProgress | None = None,
+        patience: float = math.inf,
     ) -> OwnRequest:
         """Ask, without waiting even for a turn of the loop; `finish` must follow. `deadline`: on trio's clock.
 
@@ -172,6 +196,7 @@ class PeerConnection:
             method, head or {}, body, now=now, priority=priority, max_reply=max_reply, deadline_ms=deadline_ms
         )
         request.waiter = _Waiter(on_progress)
+        request.late_at = now + patience
         self._flush()
         return request
 
@@ -179,7 +204,7 @@ class PeerConnection:
         """The reply to what was begun; errors and cancellation are those of `request`."""
         waiter: _Waiter = request.waiter
         try:
-            await waiter.done.wait()
+            await waiter.settled()
         finally:
             if waiter.outcome is None:
                 self._core.cancel(request)

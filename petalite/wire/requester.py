@@ -14,6 +14,7 @@ from petalite.errors import (
     PeerUnreachable,
     PetaliteError,
     RemoteProtocolError,
+    ReplyLate,
     RequestError,
 )
 from petalite.wire import events, frames, packing
@@ -124,6 +125,8 @@ class Requester:
     def handle_timer(self, now: float) -> None:
         for request in [request for request in self._open.values() if request.body and request.body.stalled(now)]:
             self._refuse_reply(request, PeerLost("the reply body made no progress"))
+        for request in [request for request in (*self._unsent, *self._open.values()) if now >= request.late_at]:
+            self._refuse_reply(request, ReplyLate("no reply came in time"))
 
     # Frames in
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import inf
 from typing import Any, Protocol, TypeVar
 
 from petalite import limits
@@ -154,15 +155,18 @@ class _Stream(Outgoing):
 
 
 class OwnRequest(_Stream):
-    """A request that we make. `stream` is 0 until it goes on the wire. `waiter` belongs to the connection's owner."""
+    """A request that we make. `stream` is 0 until it goes on the wire. `waiter` belongs to the connection's owner, who
+    also says from when on a reply is late.
+    """
 
-    __slots__ = ("_owner", "max_reply", "reply_head", "waiter")
+    __slots__ = ("_owner", "late_at", "max_reply", "reply_head", "waiter")
 
     def __init__(self, method: str, max_reply: int, owner: Owner[OwnRequest]) -> None:
         super().__init__(0, method)
         self.max_reply = max_reply
         self.reply_head: Mapping[str, Any] = {}
         self.waiter: Any = None
+        self.late_at = inf
         self._owner = owner
 
     def make_head(self) -> bytes:

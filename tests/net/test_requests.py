@@ -11,7 +11,15 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from petalite import limits
-from petalite.errors import ErrorCode, GoAwayCode, LocalProtocolError, PeerLost, PeerUnreachable, RequestError
+from petalite.errors import (
+    ErrorCode,
+    GoAwayCode,
+    LocalProtocolError,
+    PeerLost,
+    PeerUnreachable,
+    ReplyLate,
+    RequestError,
+)
 from petalite.net.call import Call, Reply
 from petalite.net.connection import PeerConnection
 from petalite.testing import MemoryTransport, Pair, endpoint_pair
@@ -148,6 +156,18 @@ async def test_a_deadline_travels_and_ends_the_handler(autojump_clock: MockClock
         assert scope.cancelled_caught
         await wait_all_tasks_blocked()
         assert ended == [pytest.approx(begin + 3, abs=0.01)] and is_clean(pair)
+
+
+async def test_patience_ends_a_request_and_nothing_else(autojump_clock: MockClock) -> None:
+    async with endpoint_pair({"forever": forever, "echo": echo}) as pair:
+        begin = trio.current_time()
+        with pytest.raises(ReplyLate):
+            await pair.ab.request("forever", patience=2)
+        assert trio.current_time() - begin == pytest.approx(2, abs=2 * limits.TICK_SECONDS)
+        reply = await pair.ab.request("echo", {"n": 1}, patience=2)
+        assert reply.head["head"]["n"] == 1
+        await wait_all_tasks_blocked()
+        assert is_clean(pair)
 
 
 async def test_the_repliers_clock_ends_a_request_too(autojump_clock: MockClock) -> None:
