@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,8 @@ from petalite.identity import PeerId
 from petalite.net.connection import OnProgress, PeerConnection, Reply
 from petalite.swarm.node import Node
 from petalite.wire import messages
-from petalite.wire.tensors import Descriptor
+from petalite.wire.streams import OwnRequest
+from petalite.wire.tensors import RAW, Descriptor, known_descriptor
 from petalite.wire.writer import Priority
 
 log = logging.getLogger("petalite.client")
@@ -38,7 +40,15 @@ class Terms:
 
     def descriptor(self, tokens: int) -> Descriptor:
         """Of the activations of so many tokens a row."""
-        return Descriptor("h", self.dtype, (self.batch, tokens, self.hidden), self.codec)
+        return known_descriptor("h", self.dtype, (self.batch, tokens, self.hidden), self.codec)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request that has left."""
+
+    connection: PeerConnection
+    request: OwnRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +68,7 @@ class Calls:
         self._node = node
         self._terms = terms
         self._given = given or Given()
+        self._encoded: tuple[Tensor, Descriptor, Sequence[memoryview]] | None = None
 
     async def open(self, hop: Hop) -> None:
         terms = self._terms
@@ -91,6 +102,31 @@ class Calls:
         status = parse_reply(messages.StatusReply, reply)
         return status.n, status.pos
 
+    def own(self, hidden: Tensor) -> Tensor:
+        """A copy of `hidden` (B, T, C) in the wire's dtype, which is for this session alone."""
+        values, body = bridge.own(hidden, self._terms.dtype)
+        if body is not None and self._terms.codec == RAW:
+            self._encoded = (values, self._terms.descriptor(values.shape[1]), body)
+        return values
+
+    def begin_step(
+        self,
+        send: Send,
+        inputs: Tensor,
+        pad: Sequence[int] | None,
+        following: Sequence[Send] = (),
+        on_progress: OnProgress | None = None,
+    ) -> Asked | None:
+        """Ask for one step, over the connection that is there; `step` must follow. None where that cannot be.
+
+        Raises what `PeerConnection.begin` raises.
+        """
+        connection, deadline = self._node.endpoint.connected(send.hop.peer), trio.current_effective_deadline()
+        if connection is None or deadline == -math.inf:  # cancelled
+            return None
+        head, body, options = self._step_request(send, inputs, pad, following, on_progress)
+        return Asked(connection, connection.begin("step", head, body, deadline, **options))
+
     async def step(
         self,
         send: Send,
@@ -98,9 +134,37 @@ class Calls:
         pad: Sequence[int] | None,
         following: Sequence[Send] = (),
         on_progress: OnProgress | None = None,
+        asked: Asked | None = None,
     ) -> Outcome:
-        """Run one step. `following`: the same step of the hops that the output is to be pushed through."""
-        descriptor, body = bridge.to_wire(inputs, self._terms.dtype, self._terms.codec)
+        """Run one step, which may have been `asked` for already. `following`: the same step of the hops that the output
+        is to be pushed through.
+
+        Raises ReplyLate too: after PIECE_SECONDS, and where `on_progress` does.
+        """
+        due = self._terms.descriptor(inputs.shape[1])
+        if asked is not None:
+            try:
+                return self._outcome(send, due, await asked.connection.finish(asked.request))
+            except PeerSilent:
+                raise
+            except PeerLost as error:
+                log.debug("%s: %s; asking again", send.hop, error)
+        head, body, options = self._step_request(send, inputs, pad, following, on_progress)
+        return self._outcome(send, due, await self._request(send.hop, "step", head, body, **options))
+
+    def _step_request(
+        self,
+        send: Send,
+        inputs: Tensor,
+        pad: Sequence[int] | None,
+        following: Sequence[Send],
+        on_progress: OnProgress | None,
+    ) -> tuple[Mapping[str, Any], Sequence[memoryview], dict[str, Any]]:
+        """Head, body and options. What one hop has sent goes on to the next in the bytes in which it came."""
+        if self._encoded is not None and self._encoded[0] is inputs:
+            _, descriptor, body = self._encoded
+        else:
+            descriptor, body = bridge.to_wire(inputs, self._terms.dtype, self._terms.codec)
         message = messages.Step(
             sid=send.hop.sid,
             n=send.n,
@@ -111,23 +175,36 @@ class Calls:
             tensors=(descriptor,),
         )
         short = inputs.shape[0] * inputs.shape[1] <= limits.SHORT_STEP_TOKENS
-        reply = await self._request(
-            send.hop,
-            "step",
-            message.to_wire(),
-            body,
-            priority=Priority.STEP if short else Priority.BULK,
-            max_reply=descriptor.nbytes,
-            on_progress=on_progress,
-        )
-        return _check_step(send, descriptor, reply)
+        options = {
+            "priority": Priority.STEP if short else Priority.BULK,
+            "max_reply": descriptor.nbytes,
+            "on_progress": on_progress,
+            "patience": limits.PIECE_SECONDS,
+        }
+        return message.to_wire(), body, options
 
     async def await_pushed(self, send: Send) -> Outcome:
         """The output of a step that the hop before brings."""
         descriptor = self._terms.descriptor(send.end - send.start)
         message = messages.Await(sid=send.hop.sid, n=send.n)
         reply = await self._request(send.hop, "await", message.to_wire(), max_reply=descriptor.nbytes)
-        return _check_step(send, descriptor, reply)
+        return self._outcome(send, descriptor, reply)
+
+    def _outcome(self, send: Send, due: Descriptor, reply: Reply) -> Outcome:
+        """The output, if the reply is what was asked for (PT-SES-029)."""
+        answer = parse_reply(messages.StepReply, reply)
+        tensor = answer.tensors[0]
+        if (answer.n, answer.pos) != (send.n, send.end):
+            raise PeerLost(f"answered step {answer.n} at {answer.pos}, asked was {send.n} at {send.end}")
+        if tensor is not due and tensor != due:
+            raise PeerLost(f"answered a tensor of {tensor.shape} {tensor.dtype}, not {due.shape} {due.dtype}")
+        body = memoryview(reply.body[0])
+        try:
+            output = bridge.from_wire(tensor, body)
+        except RequestError as error:
+            raise PeerLost(f"answered wrongly: {error.text}") from error
+        self._encoded = (output, tensor, (body,))
+        return Outcome(output, bool(answer.drain))
 
     def connected(self, hop: Hop) -> bool:
         """Whether a request to the server needs no dialling."""
@@ -197,19 +274,5 @@ def parse_reply(kind: type[messages.M], reply: Reply) -> messages.M:
     """The message in a reply. Raises PeerLost where it is none."""
     try:
         return kind.from_wire(dict(reply.head))
-    except RequestError as error:
-        raise PeerLost(f"answered wrongly: {error.text}") from error
-
-
-def _check_step(send: Send, due: Descriptor, reply: Reply) -> Outcome:
-    """The output, if the reply is what was asked for (PT-SES-029)."""
-    answer = parse_reply(messages.StepReply, reply)
-    tensor = answer.tensors[0]
-    if (answer.n, answer.pos) != (send.n, send.end):
-        raise PeerLost(f"answered step {answer.n} at {answer.pos}, asked was {send.n} at {send.end}")
-    if (tensor.dtype, tensor.codec, tensor.shape) != (due.dtype, due.codec, due.shape):
-        raise PeerLost(f"answered a tensor of {tensor.shape} {tensor.dtype}, not {due.shape} {due.dtype}")
-    try:
-        return Outcome(bridge.from_wire(tensor, reply.body[0]), bool(answer.drain))
     except RequestError as error:
         raise PeerLost(f"answered wrongly: {error.text}") from error

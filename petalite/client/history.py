@@ -7,21 +7,28 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+# Tokens that may wait for their place in the store: they are put there together, out of a decode step's way.
+LOOSE_TOKENS = 64
+
 
 class History:
     """The inputs of one block boundary: (B, length, C) in the wire's dtype, the very values that were sent."""
 
     def __init__(self) -> None:
         self._store: Tensor | None = None
+        self._loose: list[Tensor] = []  # what comes behind the `_stored` tokens of the store
+        self._stored = 0
         self.length = 0
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory held, spare room included."""
-        return 0 if self._store is None else self._store.numel() * self._store.itemsize
+        held = self._loose if self._store is None else [self._store, *self._loose]
+        return sum(tensor.numel() * tensor.itemsize for tensor in held)
 
     def write(self, start: int, values: Tensor) -> None:
-        """Keep `values` (B, T, C) as positions start..start+T. What is known already stays as it is.
+        """Keep `values` (B, T, C), which must not change any more, as positions start..start+T. What is known already
+        stays as it is.
 
         Raises ValueError for a gap: nothing may be missing before `start`.
         """
@@ -31,28 +38,49 @@ class History:
         new = values.shape[1] - known
         if new <= 0:
             return
-        store = self._room_for(self.length + new, values)
-        store.narrow(1, self.length, new).copy_(values.narrow(1, known, new) if known else values)
+        self._loose.append(values.narrow(1, known, new) if known else values)
         self.length += new
+        if self.length - self._stored >= LOOSE_TOKENS:
+            self._tidy()
+
+    def _tidy(self) -> Tensor | None:
+        """Put all that is loose into the store."""
+        if self._loose:
+            store = self._room_for(self.length, self._loose[0])
+            for values in self._loose:
+                store.narrow(1, self._stored, values.shape[1]).copy_(values)
+                self._stored += values.shape[1]
+            self._loose.clear()
+        return self._store
 
     def _room_for(self, end: int, like: Tensor) -> Tensor:
         if self._store is None or self._store.shape[1] < end:
-            grown = like.new_empty((like.shape[0], max(end, 2 * self.length, 64), like.shape[2]))
+            grown = like.new_empty((like.shape[0], max(end, 2 * self._stored, LOOSE_TOKENS), like.shape[2]))
             if self._store is not None:
-                grown[:, : self.length] = self._store[:, : self.length]
+                grown[:, : self._stored] = self._store[:, : self._stored]
             self._store = grown
         return self._store
 
     def read(self, start: int, end: int) -> Tensor:
-        """(B, end - start, C). Raises ValueError outside of what is known."""
-        if self._store is None or not 0 <= start < end <= self.length:
+        """(B, end - start, C); the very tensor that was written last, if that is it. Raises ValueError outside of what
+        is known.
+        """
+        if not 0 <= start < end <= self.length:
             raise ValueError(f"inputs {start}:{end} are not all known ({self.length} are)")
-        return self._store.narrow(1, start, end - start)
+        if self._loose and end == self.length and self._loose[-1].shape[1] == end - start:
+            return self._loose[-1]
+        store = self._tidy()
+        if store is None:
+            raise ValueError("no inputs are known")
+        return store.narrow(1, start, end - start)
 
     def truncate(self, length: int) -> None:
-        self.length = min(self.length, length)
+        if length < self.length:
+            self._tidy()
+            self._stored = self.length = length
 
     def reorder(self, sources: Sequence[int]) -> None:
         """Row i becomes what row sources[i] was."""
-        if self._store is not None:
-            self._store = self._store.index_select(0, torch.tensor(list(sources), device=self._store.device))
+        store = self._tidy()
+        if store is not None:
+            self._store = store.index_select(0, torch.tensor(list(sources), device=store.device))

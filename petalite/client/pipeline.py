@@ -88,7 +88,7 @@ class _Output:
     def add(self, start: int, output: Tensor) -> None:
         """Take what is new of `output` (B, T, C), which begins at position `start`."""
         if start + output.shape[1] > self.end >= start:
-            self.pieces.append(output[:, self.end - start :])
+            self.pieces.append(output[:, self.end - start :] if start < self.end else output)
             self.end = start + output.shape[1]
 
     def whole(self) -> Tensor:
@@ -135,7 +135,7 @@ class Pipeline:
     # What the caller of the session does
 
     def feed(self, hidden: Tensor) -> None:
-        """Begin a step: `hidden` (B, T, C) enters block 0 at the current position."""
+        """Begin a step: `hidden` (B, T, C), which must not change any more, enters block 0 at the current position."""
         if not self.complete:
             raise LocalProtocolError("a step is running: one at a time")
         if hidden.dim() != 3 or hidden.shape[0] != self.batch or hidden.shape[1] < 1:
@@ -313,7 +313,13 @@ class Pipeline:
         return tuple(row)
 
     def _history(self, hop: Hop) -> History:
-        return self._histories.setdefault(hop.blocks.start, History())
+        return self._history_at(hop.blocks.start)
+
+    def _history_at(self, border: int) -> History:
+        history = self._histories.get(border)
+        if history is None:
+            history = self._histories[border] = History()
+        return history
 
     def inputs(self, action: Send) -> Tensor:
         """(B, T, C): what to send."""
@@ -368,7 +374,7 @@ class Pipeline:
         elif hop.blocks.end in self._reached:
             self._reached[hop.blocks.end].add(action.start, output)
         else:
-            history = self._histories.setdefault(hop.blocks.end, History())
+            history = self._history_at(hop.blocks.end)
             if action.start <= history.length:  # else the tokens between are asked for first, see `_again`
                 history.write(action.start, output)
 

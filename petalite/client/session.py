@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -16,7 +17,7 @@ import trio
 from torch import Tensor
 
 from petalite import bridge, limits
-from petalite.client.calls import Calls, Outcome, Terms
+from petalite.client.calls import Asked, Calls, Outcome, Terms
 from petalite.client.given import Given
 from petalite.client.hop import Hop, HopState
 from petalite.client.pacing import LEAST_TOKENS, piece_length
@@ -25,7 +26,15 @@ from petalite.client.planning import Planner, SessionError
 from petalite.client.pushing import FRESH_PUSH_SECONDS, PUSH_SECONDS, Part, PushTrust, parts_of
 from petalite.client.runner import Runner, run_in_thread
 from petalite.client.verdicts import Judge, Verdict, retry_after
-from petalite.errors import HandshakeError, LocalProtocolError, PeerLost, PeerUnreachable, PetaliteError, RequestError
+from petalite.errors import (
+    HandshakeError,
+    LocalProtocolError,
+    PeerLost,
+    PeerUnreachable,
+    PetaliteError,
+    ReplyLate,
+    RequestError,
+)
 from petalite.identity import PeerId
 from petalite.net.nursery import open_flat_nursery
 from petalite.swarm.node import Node
@@ -165,7 +174,7 @@ class InferenceSession:
         """
         pipeline = self._pipeline
         self._check_size(hidden)
-        values = await self._intervene(0, hidden.to(bridge.torch_dtype(self._terms.dtype)))
+        values = await self._intervene(0, self._calls.own(hidden))
         self._hand_over()
         pipeline.feed(values)
         try:
@@ -197,7 +206,7 @@ class InferenceSession:
                 f"the intervention at border {border} returned a {type(changed).__name__}{shape}, "
                 f"due is a tensor of shape {tuple(hidden.shape)}"
             )
-        return changed.detach().to(hidden)
+        return changed.detach().to(hidden, copy=True)
 
     def _check_size(self, hidden: Tensor) -> None:
         if hidden.dim() != 3 or hidden.shape[2] != self._terms.hidden:
@@ -282,7 +291,9 @@ class InferenceSession:
                 nursery.start_soon(self._perform, action)
 
     async def _perform(self, action: Action) -> None:
-        if isinstance(action, Plan):
+        if isinstance(action, Send):
+            await self._attempt(action.hop, "step", lambda: self._send(action))
+        elif isinstance(action, Plan):
             await self._plan(action)
         elif isinstance(action, Push):
             await self._push(action)
@@ -292,10 +303,8 @@ class InferenceSession:
             await self._attempt(action.hop, "open", lambda: self._open(action.hop))
         elif isinstance(action, Check):
             await self._attempt(action.hop, "status", lambda: self._check(action.hop))
-        elif isinstance(action, Extend):
-            await self._attempt(action.hop, "extend", lambda: self._extend(action))
         else:
-            await self._attempt(action.hop, "step", lambda: self._send(action))
+            await self._attempt(action.hop, "extend", lambda: self._extend(action))
 
     async def _attempt(self, hop: Hop, method: str, call: Callable[[], Awaitable[None]]) -> bool:
         """Do it, and judge the hop if it fails; whether it went well."""
@@ -342,23 +351,34 @@ class InferenceSession:
             length = await self._calls.extend(action.hop, action.least)  # less to spare, but enough
         self._pipeline.extended(action.hop, length)
 
-    async def _send(self, send: Send, following: Sequence[Send] = ()) -> None:
+    def _begin(self, send: Send, following: Sequence[Send]) -> Asked | None:
+        """Let a step leave at once, if it can; `_send` must follow."""
+        look = partial(self._look, send, trio.current_time())
+        try:
+            return self._calls.begin_step(send, self._pipeline.inputs(send), self._pad, following, look)
+        except PetaliteError as error:
+            log.debug("%s: %s", send.hop, error)  # `_send` will meet it again
+            return None
+
+    async def _send(self, send: Send, following: Sequence[Send] = (), asked: Asked | None = None) -> None:
         started = trio.current_time()
-        scope = trio.CancelScope(deadline=started + limits.PIECE_SECONDS)
-
-        def look(head: Mapping[str, Any]) -> None:
-            if self._worth_leaving(send, trio.current_time() - started):
-                scope.cancel()
-
-        with scope:
-            inputs = self._pipeline.inputs(send)
-            self._pipeline.started(send)
-            outcome = await self._calls.step(send, inputs, self._pad, following, look)
-            self._took(send, outcome)
-            self._note_seconds(send, trio.current_time() - started)
+        inputs = self._pipeline.inputs(send)
+        self._pipeline.started(send)
+        look = partial(self._look, send, started)
+        try:
+            outcome = await self._calls.step(send, inputs, self._pad, following, look, asked)
+        except ReplyLate:
+            now = trio.current_time()
+            self._judge.avoid(send.hop.peer, SLOW_AVOID_SECONDS, now)
+            self._lose(send.hop, f"too slow: {now - started:.1f} s for one step")
             return
-        self._judge.avoid(send.hop.peer, SLOW_AVOID_SECONDS, trio.current_time())
-        self._lose(send.hop, f"too slow: {trio.current_time() - started:.1f} s for one step")
+        self._took(send, outcome)
+        self._note_seconds(send, trio.current_time() - started)
+
+    def _look(self, send: Send, started: float, head: Mapping[str, Any]) -> None:
+        """At each sign of progress. Raises ReplyLate where the step should be taken elsewhere."""
+        if self._worth_leaving(send, trio.current_time() - started):
+            raise ReplyLate("others would be quicker")
 
     def _took(self, send: Send, outcome: Outcome) -> None:
         self._pipeline.replied(send, outcome.output)
@@ -447,15 +467,15 @@ class InferenceSession:
         A hop that does not get it in time, and those behind it, are served by ourselves afterwards: the same step
         sent twice is done once.
         """
+        asked = self._begin(action.sends[0], action.sends[1:])  # first of all: nobody waits for the rest
         parts = parts_of(action.sends)
         told = {(part.send.hop.peer, part.send.hop.sid, part.send.n): part.note_unpushed for part in parts}
         self._node.unpushed.update(told)
         try:
             async with open_flat_nursery() as nursery:
-                nursery.start_soon(self._push_part, parts, 0)
-                await trio.lowlevel.checkpoint()  # the step first: nobody waits for what is said to the others
                 for i in range(1, len(parts)):
                     nursery.start_soon(self._push_part, parts, i)
+                await self._push_part(parts, 0, asked)
         finally:
             for key in told:
                 del self._node.unpushed[key]
@@ -465,12 +485,12 @@ class InferenceSession:
         if self._lost_at is None and not any(part.gone or part.send.hop.state is HopState.GONE for part in parts):
             self._trust.pushed(all(part.done for part in parts), trio.current_time())
 
-    async def _push_part(self, parts: Sequence[Part], i: int) -> None:
+    async def _push_part(self, parts: Sequence[Part], i: int, asked: Asked | None = None) -> None:
         part, hop, started = parts[i], parts[i].send.hop, trio.current_time()
         with part.scope:
             if i == 0:
                 following = [later.send for later in parts[1:]]
-                await self._attempt(hop, "step", lambda: self._send(part.send, following))
+                await self._attempt(hop, "step", lambda: self._send(part.send, following, asked))
                 part.done = hop.state is HopState.OPEN and hop.position == part.send.end
             else:
                 await self._attempt(hop, "await", lambda: self._await_pushed(parts[i - 1], part))
