@@ -86,6 +86,8 @@ class Attention(nn.Module):
         else:
             pieces = window.pieces(H)
             context = torch.cat([self.weigh(q[:, piece], k, v, window.bias, mask) for piece, mask in pieces], dim=1)
+        if T == 1:
+            return context.view(B, H * d)  # the heads of a token lie side by side already
         return context.view(B, H, T, d).transpose(1, 2).reshape(B * T, H * d)
 
     def weigh(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
@@ -98,7 +100,8 @@ class Attention(nn.Module):
             scores = torch.bmm(q, k).to(torch.float32).mul_(self.scale).add_(bias)
         if mask is not None:
             scores.view(mask.shape[0], -1, *mask.shape[2:]).add_(mask)
-        return torch.bmm(torch.softmax(scores, dim=-1).to(v.dtype), v)
+        weights = torch.softmax(scores, dim=-1)
+        return torch.bmm(weights if weights.dtype == v.dtype else weights.to(v.dtype), v)
 
 
 class FeedForward(nn.Module):

@@ -100,10 +100,13 @@ class PackedLinear(nn.Module):
         return self.product(x)
 
     def product(self, x: Tensor) -> Tensor:
-        count = _rows_for(x.shape[0])
-        if x.shape[0] < count:
-            return _product(F.pad(x, (0, 0, 0, count - x.shape[0])), self.weight, self.bias)[: x.shape[0]]
-        return _product(x, self.weight, self.bias)
+        given = x.shape[0]
+        count = _rows_for(given)
+        if given == count:
+            return _product(x, self.weight, self.bias)
+        # Of one row, as in most decode steps, the company are its likes: nothing is to be written.
+        wide = x.expand(count, -1) if given == 1 else F.pad(x, (0, 0, 0, count - given))
+        return _product(wide, self.weight, self.bias).narrow(0, 0, given)
 
     def plain_weight(self) -> Tensor:
         """(out, in), made anew: backward passes read it once."""
