@@ -22,6 +22,8 @@ from petalite.identity import PeerId
 from petalite.models import FAIRYTALE, find_model
 from petalite.net.call import Call, Handler, Reply
 from petalite.net.connection import PeerConnection
+from petalite.server.executor import Executor, Here
+from petalite.server.scheduler import Job, Scheduler
 from petalite.wire import messages
 from tools.simulate_sessions import faults
 from tools.simulate_sessions.matrix import PROMPT, REQUIRED, SPANS, SPARES, all_cases, judge, run_case
@@ -338,6 +340,25 @@ def test_a_server_much_slower_than_another_is_left() -> None:
             assert tuple(told) == undisturbed()
             assert any("too slow" in notice for notice in world.notices)
             assert trio.current_time() < 10
+
+    play(scene)
+
+
+def test_a_server_that_is_busy_for_ever_is_given_up() -> None:
+    stuck: list[Place] = []
+
+    async def hang(place: Place, call: Call, handler: Handler) -> Reply:
+        if call.method == "step" and place.rate == 1000.0 and not stuck:
+            stuck.append(place)
+            await trio.sleep_forever()
+        return await handler(call)
+
+    async def scene() -> None:
+        # Nobody else holds its blocks: it is not for another's sake that it is left, and asked again later.
+        async with open_world(load_parts(), SPANS, tap=hang, push=False) as world:
+            async with world.client(push=False) as model:
+                assert tuple(await tell(model, model.encode(PROMPT), 4)) == undisturbed()[:4]
+            assert any("too slow: 60" in notice for notice in world.notices), world.notices
 
     play(scene)
 
@@ -679,6 +700,23 @@ def test_seeded_runs(seeds: Sequence[int]) -> None:
 @cache
 def tiny() -> object:
     return make_parts()
+
+
+@pytest.mark.parametrize("seed", range(12, 16))
+def test_seeded_runs_whose_steps_run_at_once(seed: int, monkeypatch) -> None:
+    """Under a clock that stands still while the model runs nothing is brief by itself."""
+    ran = []
+    plain = Executor._run_at_once
+
+    def noted(executor: Executor, job: Job, here: Here) -> bool:
+        ran.append(plain(executor, job, here))
+        return ran[-1]
+
+    monkeypatch.setattr(Scheduler, "brief", True)
+    monkeypatch.setattr(Executor, "_run_at_once", noted)
+    report = run_seed(tiny(), seed)
+    assert report.problem == "", report
+    assert any(ran)
 
 
 def test_a_seed_repeats_its_run() -> None:

@@ -233,6 +233,7 @@ class World:
             cache_tokens=CACHE_TOKENS,
             idle_seconds=session_seconds,
             runner=run_blocks_inline,
+            here=lambda function: function(),
         )
         endpoint = await self._nursery.start(self._run_server, server, host, idle_seconds)
         (address,) = await endpoint.listen(name, 0)
