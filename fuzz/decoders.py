@@ -91,6 +91,9 @@ def fuzz_tensors(data: bytes) -> None:
         check(tensors.is_finite(found[0].dtype, array), "int8 decoded to a value that is not finite")
     elif tensors.is_finite(found[0].dtype, array):
         check(b"".join(tensors.encode(array)) == data[size:], "other bytes after a round trip")
+    elif found[0].dtype in tensors.FLOATS:
+        sure = tensors.surely_finite(found[0].dtype, data[size:], found[0].dtype)
+        check(not sure, "sure of values that are not finite")
     check(array.dtype == tensors.DTYPES[found[0].dtype] or array.dtype == np.float32, "another type")
 
 

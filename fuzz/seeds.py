@@ -126,6 +126,11 @@ def _tensors() -> Iterator[bytes]:
         array = values.astype(np.uint8) if dtype == "u8" else tensors._narrow(values, dtype)
         head = packing.encode([tensors.describe("h", array, codec).to_wire()])
         yield bytes([len(head)]) + head + b"".join(tensors.encode(array, codec))
+    for names in ("ab", "aa"):
+        head = packing.encode([tensors.Descriptor(name, "f32", (2,)).to_wire() for name in names])
+        yield bytes([len(head)]) + head + bytes(16)
+    head = packing.encode([tensors.Descriptor("h", "f16", (2,)).to_wire()])
+    yield bytes([len(head)]) + head + b"\x00\x3c\x00\x7c"
     yield from (bytes([len(data) % 256]) + data + bytes(8) for data in chapter_bytes("05"))
     yield from (_with_body(each) for each in _tensor_vectors())
 
