@@ -1,8 +1,9 @@
 """The fast way on CUDA, the same formulas as `blocks`: decode steps of up to 16 rows as captured graphs.
 
 `accelerate` wraps a span where it can, and says why where it cannot. Graphs need fixed shapes, so there is one for each
-of a few batch sizes; rows of different sessions and lengths share one, since where each row stands is data. Longer
-steps go block by block, with attention that keeps no scores. `FastEnds` is the client's half: a greedy choice as one
+of a few batch sizes; rows of different sessions and lengths share one, since where each row stands is data. Where
+`onepass` has a kernel for the span, a graph is that kernel; else it is eight for each block. Longer steps go block by
+block, with attention that keeps no scores. `FastEnds` is the client's half: a greedy choice as one
 graph, so that neither logits nor tokens wait for the host.
 
 Hidden states of graphs come from and go to pinned memory of the host; a graph is one call, which nobody waits for
@@ -11,6 +12,7 @@ Hidden states of graphs come from and go to pinned memory of the host; a graph i
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from ctypes import c_int64
 from dataclasses import dataclass
@@ -22,8 +24,11 @@ from torch import Tensor, nn
 
 from petalite.bloom.blocks import Block, Embeddings, Head
 from petalite.bloom.cache import CacheFull, CachePool
+from petalite.bloom.onepass import MAX_ROWS, OnePass, why_not
 from petalite.bloom.quantize import Int8Linear
 from petalite.bloom.span import Finished, Part, Span, Underway, add_prompts, find_prompts
+
+log = logging.getLogger("petalite.bloom")
 
 BATCHES = (1, 2, 4, 8, 16)
 _WARM_UP_RUNS = 3
@@ -45,6 +50,7 @@ class _Graph:
     graph: Any
     over: Any
     stream: Any
+    kept: Any  # what the graph reads and writes beside them, which would be given to others
     running: bool = False
 
     def fill(self, inputs: Sequence[Tensor]) -> None:
@@ -143,7 +149,7 @@ def _capture(
         for into, result in zip(taken, run(inputs), strict=True):
             into.copy_(result, non_blocking=True)
     over = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    return _Graph(tuple(given), taken, graph, over, torch.cuda.current_stream(device))
+    return _Graph(tuple(given), taken, graph, over, torch.cuda.current_stream(device), (inputs, run))
 
 
 class FastSpan(Span):
@@ -157,6 +163,7 @@ class FastSpan(Span):
         self._kernels = kernels
         self._cuda_slopes = self._slopes.to(device=span.device, dtype=torch.float32)
         self._graphs: dict[int, _Graph] = {}
+        self._several = why_not(self)  # why there is no kernel for all blocks
         self._spare = 0  # a slot that nobody reads, for the unused rows of a graph
 
     def warm_up(self, progress: Callable[[int, int], None]) -> None:
@@ -169,9 +176,20 @@ class FastSpan(Span):
                 hidden = torch.zeros((batch, C), dtype=self.dtype, pin_memory=True)
                 meta = torch.zeros((4, batch), dtype=torch.int64, pin_memory=True)
                 meta[0], meta[1] = self._spare * C, 1
-                self._graphs[batch] = _capture(device, (hidden, meta), lambda given: (self._decode(*given),))
+                self._graphs[batch] = self._captured((hidden, meta), batch)
             self._warm_up_long()
         progress(len(BATCHES), len(BATCHES))
+
+    def _captured(self, given: Sequence[Tensor], batch: int) -> _Graph:
+        """A decode step of `batch` rows: one kernel where there is one for this model and chip, else some a block."""
+        if batch <= MAX_ROWS and not self._several:
+            try:
+                run = OnePass(self, self._pool, batch)
+                return _capture(self.device, given, lambda given: (run(*given),))
+            except RuntimeError as error:
+                self._several = str(error)
+                log.warning("decode steps take several kernels a block: %s", error)
+        return _capture(self.device, given, lambda given: (self._decode(*given),))
 
     def _warm_up_long(self) -> None:
         for tokens in _WARM_UP_TOKENS:
