@@ -19,6 +19,7 @@ from petalite.client.remote import RemoteBlocks
 from petalite.client.runner import Runner, finished, run_in_thread
 from petalite.client.session import InferenceSession, Intervention
 from petalite.errors import PetaliteError
+from petalite.net.awake import Awake
 from petalite.swarm.node import Node
 from petalite.wire.tensors import INT8, RAW
 
@@ -52,6 +53,7 @@ class Model:
         self._wire = wire
         self._push = push
         self._choosing = False
+        self._awake = Awake()
 
     @property
     def model_id(self) -> bytes:
@@ -111,9 +113,11 @@ class Model:
             return None
         self._choosing = True
         try:
-            return await finished(underway)
+            chosen = await finished(underway)
         finally:
             self._choosing = False
+        self._awake.came()
+        return chosen
 
     def session(
         self,

@@ -20,6 +20,7 @@ from torch import Tensor
 from petalite.bloom.cache import Rows
 from petalite.bloom.span import Part, Span, Underway
 from petalite.errors import ErrorCode, RequestError
+from petalite.net.awake import Awake
 from petalite.server.scheduler import Batch, Job, Scheduler
 
 log = logging.getLogger("petalite.server")
@@ -82,6 +83,7 @@ class Executor:
         self._wake = trio.Event()
         self._resting = False  # `run` waits for jobs
         self._stopping = False
+        self._awake = Awake()
         self._worked = 0.0  # seconds that the last batch was in the worker, without the way there
 
     @property
@@ -185,6 +187,7 @@ class Executor:
         while not device.done():
             await trio.lowlevel.checkpoint()
         here(device.end)
+        self._awake.came()
 
     async def _run_in_worker(self, batch: Batch) -> None:
         """Cancelled, give it the time of a block or a step to come back: an interpreter that ends while

@@ -30,6 +30,7 @@ from petalite.bloom.synthetic import random_span
 from petalite.client.runner import finished
 from petalite.client.session import InferenceSession
 from petalite.identity import Address, Identity
+from petalite.net.awake import Awake
 from petalite.net.endpoint import open_endpoint
 from petalite.server.blockserver import BlockServer
 from petalite.swarm.node import Node, open_node
@@ -202,6 +203,7 @@ class _Ends:
         self.head.ln_f = self.embeddings.word_embeddings_layernorm
         self.head.lm_head.weight = self.embeddings.word_embeddings.weight
         self.device = device
+        self._awake = Awake()
 
         self._fast, reason = accelerate_ends(self.embeddings, self.head)
         print(f"client: {reason or 'fast'}", file=sys.stderr, flush=True)
@@ -215,7 +217,9 @@ class _Ends:
         """Hidden states (1, T, C) -> the embedding (1, 1, C) of the token that follows."""
         underway = self._fast.begin(hidden[:, -1]) if self._fast else None
         if underway is not None:
-            return (await finished(underway))[1]
+            embedding = (await finished(underway))[1]
+            self._awake.came()
+            return embedding
         with torch.inference_mode():
             logits = self.head(hidden[:, -1:].to(self.device))
             embedded: torch.Tensor = self.embeddings(logits.argmax(dim=-1))
