@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from ctypes import c_int64
+from ctypes import c_char, c_float, c_int64
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -26,7 +27,7 @@ from petalite.bloom.blocks import Block, Embeddings, Head
 from petalite.bloom.cache import CacheFull, CachePool
 from petalite.bloom.onepass import MAX_ROWS, OnePass, why_not
 from petalite.bloom.quantize import Int8Linear
-from petalite.bloom.span import Finished, Part, Span, Underway, add_prompts, find_prompts
+from petalite.bloom.span import Finished, Part, RawRows, Span, Underway, add_prompts, find_prompts
 
 log = logging.getLogger("petalite.bloom")
 
@@ -61,6 +62,14 @@ class _Graph:
             into.narrow(0, at, tensor.shape[0]).copy_(tensor)
             at += tensor.shape[0]
 
+    def fill_raw(self, inputs: Sequence[bytearray]) -> None:
+        """The same from bytes."""
+        self.wait()
+        into, at = _bytes_of(self.given[0]), 0
+        for data in inputs:
+            into[at : at + len(data)] = data
+            at += len(data)
+
     def replay(self) -> None:
         self.graph.replay()
         self.over.record(self.stream)
@@ -90,6 +99,11 @@ class _Replay(Generic[R]):
     def result(self) -> R:
         self.graph.wait()
         return self.take(self.graph)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a tensor on the host."""
+    return memoryview((c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
 def accelerate(span: Span, pool: CachePool, progress: Callable[[int, int], None] | None = None) -> tuple[Span, str]:
@@ -152,6 +166,23 @@ def _capture(
     return _Graph(tuple(given), taken, graph, over, torch.cuda.current_stream(device), (inputs, run))
 
 
+def _with_sums(hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """hidden (B, C) and the sum of each row: what is not finite is in no finite sum."""
+    return hidden, hidden.sum(dim=1, dtype=torch.float32)
+
+
+def _raw_rows(graph: _Graph, sizes: Sequence[int]) -> list[RawRows]:
+    hidden, sums = graph.taken
+    data = _bytes_of(hidden)
+    row_bytes = len(data) // hidden.shape[0]
+    finite = [isfinite(total) for total in (c_float * hidden.shape[0]).from_address(sums.data_ptr())]
+    rows, at = [], 0
+    for size in sizes:
+        rows.append(RawRows(bytes(data[at * row_bytes : (at + size) * row_bytes]), all(finite[at : at + size])))
+        at += size
+    return rows
+
+
 class FastSpan(Span):
     """A span whose decode steps over `pool` are graphs."""
 
@@ -185,11 +216,11 @@ class FastSpan(Span):
         if batch <= MAX_ROWS and not self._several:
             try:
                 run = OnePass(self, self._pool, batch)
-                return _capture(self.device, given, lambda given: (run(*given),))
+                return _capture(self.device, given, lambda given: _with_sums(run(*given)))
             except RuntimeError as error:
                 self._several = str(error)
                 log.warning("decode steps take several kernels a block: %s", error)
-        return _capture(self.device, given, lambda given: (self._decode(*given),))
+        return _capture(self.device, given, lambda given: _with_sums(self._decode(*given)))
 
     def _warm_up_long(self) -> None:
         for tokens in _WARM_UP_TOKENS:
@@ -215,6 +246,17 @@ class FastSpan(Span):
         self._place(graph.given[1], parts)
         graph.replay()
         return _Replay(graph, lambda graph: graph.taken[0].narrow(0, 0, batch).clone())
+
+    def begin_raw(self, inputs: Sequence[bytearray], parts: Sequence[Part]) -> Underway[list[RawRows]] | None:
+        """As `Span.begin_raw`; None where no graph is for so many rows, or a part is no decode step."""
+        sizes = [part.rows.batch for part in parts]
+        graph = next((self._graphs[size] for size in BATCHES if size >= sum(sizes)), None)
+        if graph is None or not all(map(self._is_decoding, parts)):
+            return None
+        graph.fill_raw(inputs)
+        self._place(graph.given[1], parts)
+        graph.replay()
+        return _Replay(graph, lambda graph: _raw_rows(graph, sizes))
 
     def _is_decoding(self, part: Part) -> bool:
         return part.tokens == 1 and not part.prompted and part.rows.pool is self._pool

@@ -61,6 +61,16 @@ class Finished:
         return self.value
 
 
+@dataclass(frozen=True, slots=True)
+class RawRows:
+    """Hidden states of some rows, one position each, as bytes of the span's dtype. Where they are not known to be
+    `finite`, they may still be.
+    """
+
+    data: bytes
+    finite: bool
+
+
 class Span(nn.Module):
     """Blocks [start, end). Call it under `torch.inference_mode()`, except to differentiate through `forward`.
 
@@ -121,6 +131,12 @@ class Span(nn.Module):
     def begin_batch(self, inputs: Sequence[Tensor], parts: Sequence[Part]) -> Underway[Tensor]:
         """`step_batch` of `inputs` (N_i, C), one after the other, perhaps without waiting for it."""
         return Finished(self.step_batch(inputs[0] if len(inputs) == 1 else torch.cat(list(inputs)), parts))
+
+    def begin_raw(self, inputs: Sequence[bytearray], parts: Sequence[Part]) -> Underway[list[RawRows]] | None:
+        """`begin_batch` of decode steps for an `asynchronous` span, from and to bytes, which spares the host all that
+        tensors are about: `inputs` holds those of each part. None where that cannot be; nothing was done then.
+        """
+        return None
 
     def entry_device(self, tokens: int) -> torch.device:
         """Where hidden states of so many tokens are best handed in."""

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol, TypeVar
 
 import torch
@@ -18,7 +19,7 @@ import trio
 from torch import Tensor
 
 from petalite.bloom.cache import Rows
-from petalite.bloom.span import Part, Span, Underway
+from petalite.bloom.span import Part, RawRows, Span, Underway
 from petalite.errors import ErrorCode, RequestError
 from petalite.net.awake import Awake
 from petalite.server.scheduler import Batch, Job, Scheduler
@@ -56,6 +57,8 @@ async def run_inline(function: Callable[[], None], /) -> None:
 class StepWork:
     """What a step needs, and its `hidden` states (rows x tokens, C) once they are decoded. From the `cut` on the cache
     is not what it was before the step; once `reordered`, that cannot be made good by another step.
+
+    `raw`: the hidden states of a decode step as bytes of the span's dtype, where they have come so and go so.
     """
 
     span: Span
@@ -64,6 +67,7 @@ class StepWork:
     pad: Sequence[int] | None
     reorder: Sequence[int] | None
     prompts: Tensor | None = None
+    raw: bytearray | None = None
     reordered: bool = False
     hidden: Tensor | None = None
     passing: Iterator[Tensor] | None = None  # the piece of a long job that is amid the blocks
@@ -245,33 +249,44 @@ class DeviceBatch:
         self._batch = batch
         self._ready: list[Job] = []
         self._underway: Underway[Tensor] | None = None
+        self._raw: Underway[list[RawRows]] | None = None
 
     def begin(self) -> None:
-        """Decode the inputs and hand them over."""
+        """Hand the inputs over, as the bytes that came where that will do."""
         with torch.inference_mode():
-            self._ready = [job for job in self._batch.jobs if not job.abandoned and _guard(job, _prepare)]
-            if not self._ready:
-                return
+            self._ready = [job for job in self._batch.jobs if not job.abandoned]
             try:
-                self._underway = _begin_whole(self._ready)
+                self._raw = _begin_raw(self._ready)
+                if self._raw is None:
+                    self._ready = [job for job in self._ready if _guard(job, _prepare)]
+                    self._underway = _begin_whole(self._ready) if self._ready else None
             except Exception as error:  # as in `_run_short`: each alone
                 log.warning("a batch of %d steps failed, running them one by one", len(self._ready), exc_info=error)
-                _run_short(self._ready)
+                self._run_again()
 
     def done(self) -> bool:
-        return self._underway is None or self._underway.done()
+        underway = self._underway or self._raw
+        return underway is None or underway.done()
 
     def end(self) -> None:
         """Take the results; as with `compute`, they or errors end up in the jobs."""
         with torch.inference_mode():
-            underway = self._underway
-            if underway is not None:
-                try:
-                    _take_whole(self._ready, underway.result())
-                except Exception as error:
-                    log.warning("a batch of %d steps failed on the device", len(self._ready), exc_info=error)
-                    _run_short(self._ready)
+            try:
+                if self._raw is not None:
+                    self._ready = _take_raw(self._ready, self._raw.result())
+                elif self._underway is not None:
+                    _take_whole(self._ready, self._underway.result())
+            except Exception as error:
+                log.warning("a batch of %d steps failed on the device", len(self._ready), exc_info=error)
+                self._run_again()
+            else:
+                if self._raw is not None and self._ready:
+                    self._run_again()
             _finish_all(self._ready)
+
+    def _run_again(self) -> None:
+        self._ready = [job for job in self._ready if _guard(job, _prepare)]
+        _run_short(self._ready)
 
 
 def _guard(job: Job, action: Callable[[Job], None]) -> bool:
@@ -323,6 +338,42 @@ def _begin_whole(jobs: Sequence[Job]) -> Underway[Tensor]:
     for job in jobs:
         job.meanwhile()
     return underway
+
+
+def _begin_raw(jobs: Sequence[Job]) -> Underway[list[RawRows]] | None:
+    """Decode steps from the bytes they came as; None where one is something else. Such a step only appends: what is
+    found wrong with it afterwards has touched nothing that counts.
+    """
+    if not all(map(_appends_raw, jobs)) or not jobs:
+        return None
+    span: Span = jobs[0].work.span
+    underway = span.begin_raw([job.work.raw for job in jobs], [_part(job) for job in jobs])
+    if underway is not None:
+        for job in jobs:
+            job.meanwhile()
+    return underway
+
+
+def _appends_raw(job: Job) -> bool:
+    work: StepWork = job.work
+    rows = work.rows
+    return work.raw is not None and work.reorder is None and rows.positions.count(work.position) == rows.batch
+
+
+def _take_raw(jobs: Sequence[Job], outputs: Sequence[RawRows]) -> list[Job]:
+    """Finish the jobs; those whose numbers have to be looked at come back."""
+    strange = []
+    for job, output in zip(jobs, outputs, strict=True):
+        if output.finite:
+            job.done = job.tokens
+            _guard(job, partial(_finish_raw, output.data))
+        else:
+            strange.append(job)
+    return strange
+
+
+def _finish_raw(data: bytes, job: Job) -> None:
+    job.result = job.finish_raw(data)
 
 
 def _take_whole(jobs: Sequence[Job], output: Tensor) -> None:

@@ -48,6 +48,8 @@ class Job:
     `settled` in the event loop: when the model first takes the job, and when it has left the executor, whether
     finished, failed, or dropped.
 
+    `finish_raw` is `finish` of what a device left as bytes.
+
     `done` tokens are through all blocks, the next `piece` ones through `at_block` of them. A `training` job is neither
     short nor long, and says itself when it is done. It came from `session`, if that will bring more, at `came_at`.
     """
@@ -63,6 +65,7 @@ class Job:
     prepare: Callable[[], Any] = lambda: None
     meanwhile: Callable[[], None] = lambda: None
     finish: Callable[[Any], Any] = lambda result: result
+    finish_raw: Callable[[bytes], Any] = lambda data: data
     training: bool = False
     session: Hashable = None
     came_at: float = 0.0

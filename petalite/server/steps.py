@@ -7,7 +7,7 @@ dropped when nobody does.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import trio
@@ -23,7 +23,7 @@ from petalite.server.sessions import Answer, Running, Session, Watcher
 from petalite.server.state import SessionState
 from petalite.server.table import SessionTable
 from petalite.wire import messages
-from petalite.wire.tensors import Descriptor, total_size
+from petalite.wire.tensors import RAW, Descriptor, total_size
 from petalite.wire.writer import Priority
 
 log = logging.getLogger("petalite.server")
@@ -123,7 +123,8 @@ class Steps:
         step = running.step
         batch, tokens, hidden = step.tensors[0].shape
         span = session.span
-        work = StepWork(span, session.rows, step.pos, step.pad, step.hypo, session.additions.prompts)
+        raw = running.body if tokens == 1 and _stays_raw(step.tensors[0], session) else None
+        work = StepWork(span, session.rows, step.pos, step.pad, step.hypo, session.additions.prompts, raw)
         job = Job(
             owner=session.owner,
             group=span,  # with an adapter, blocks are other blocks
@@ -137,6 +138,7 @@ class Steps:
             ),
             meanwhile=running.take_digest,
             finish=lambda output: _answer(session, running, output),
+            finish_raw=lambda data: _answer_with(step, step.tensors[0], (memoryview(data),)),
             started=started,
             settled=settled,
             work=work,
@@ -178,10 +180,21 @@ def _answer(session: Session, running: Running, output: torch.Tensor) -> Answer:
         tensor, body = bridge.to_wire(output, opened.dtype, opened.codec, shape=step.tensors[0].shape)
     except LocalProtocolError as error:
         raise RequestError(ErrorCode.TENSOR, f"the result cannot be sent: {error}", {"retry": False}) from error
+    return _answer_with(step, tensor, body)
+
+
+def _answer_with(step: messages.Step, tensor: Descriptor, body: Sequence[memoryview]) -> Answer:
     batch, tokens, _ = step.tensors[0].shape
     position = step.pos + tokens
     reply = messages.StepReply(n=step.n, pos=position, tensors=(tensor,))
     return Answer(reply.to_wire(), body, (tensor,), Priority.STEP if batch * tokens <= SHORT_TOKENS else Priority.BULK)
+
+
+def _stays_raw(tensor: Descriptor, session: Session) -> bool:
+    """Whether hidden states come and go as the very bytes that the blocks work with."""
+    opened = session.open
+    raw = tensor.codec == opened.codec == RAW
+    return raw and tensor.dtype == opened.dtype and bridge.torch_dtype(tensor.dtype) == session.span.dtype
 
 
 def _check_body(tensors: tuple[Descriptor, ...], body: bytearray) -> None:
