@@ -191,11 +191,17 @@ class FastSpan(Span):
     def __init__(self, span: Span, pool: CachePool, kernels: Any) -> None:
         super().__init__(span.config, span.start, span.end, span.layers)
         self._pool = pool
+        self._dtype = span.dtype  # asked for in every step, and far to look for in modules
         self._kernels = kernels
         self._cuda_slopes = self._slopes.to(device=span.device, dtype=torch.float32)
         self._graphs: dict[int, _Graph] = {}
         self._several = why_not(self)  # why there is no kernel for all blocks
         self._spare = 0  # a slot that nobody reads, for the unused rows of a graph
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As `Span.dtype`."""
+        return self._dtype
 
     def warm_up(self, progress: Callable[[int, int], None]) -> None:
         """Capture every graph. Raises RuntimeError where CUDA refuses, CacheFull where the pool has no spare slot."""
