@@ -37,7 +37,8 @@ _TORCH: Final[dict[str, torch.dtype]] = {
 }
 _WIRE: Final = {dtype: name for name, dtype in _TORCH.items()}
 _HERE: Final = (None, "cpu", torch.device("cpu"))
-_NUMPY: Final = frozenset({"f32", "f16"})  # floats that numpy has too
+# What numpy can make of floats. It has no bfloat16, but can carry its bits.
+_CASTS: Final = {"f32": {"f32", "f16"}, "f16": {"f32", "f16"}, "bf16": {"bf16"}}
 # Bytes of a few values. They are looked at, and cast, without torch: its kernels are quick, but a decode step finds
 # their code, and that of all that leads to them, in none of the processor's caches.
 _FEW_BYTES: Final = 2**15
@@ -98,7 +99,7 @@ def from_wire(
     if size <= _FEW_BYTES and descriptor.codec == RAW and device in _HERE:
         few = _decode_few(descriptor, buffer, dtype)
         if few is not None:
-            return torch.from_numpy(few.reshape(shape or descriptor.shape))
+            return _as_tensor(few.reshape(shape or descriptor.shape))
     values = _decode(descriptor, buffer, device)
     cast = values if dtype is None else values.to(dtype)
     decoded = cast is values and descriptor.codec == INT8  # its scales were looked at
@@ -123,15 +124,15 @@ def own(tensor: torch.Tensor, dtype: str) -> tuple[torch.Tensor, list[memoryview
     few = _encode_few(tensor, dtype) if tensor.nbytes <= _FEW_BYTES else None
     if few is None:
         return tensor.detach().to(_TORCH[dtype], copy=True), None
-    return torch.from_numpy(few), [few.data.cast("B")]
+    return _as_tensor(few), [few.data.cast("B")]
 
 
 def _encode_few(tensor: torch.Tensor, dtype: str) -> np.ndarray[Any, np.dtype[Any]] | None:
     """A copy. None for types that numpy lacks, another device, values that may be too large: `to_wire` judges those."""
-    have = _WIRE.get(tensor.dtype)
-    if have not in _NUMPY or dtype not in _NUMPY or not tensor.is_cpu or tensor.requires_grad:
+    have = _WIRE.get(tensor.dtype, "")
+    if dtype not in _CASTS.get(have, ()) or not tensor.is_cpu or tensor.requires_grad:
         return None
-    array: np.ndarray[Any, Any] = tensor.numpy()
+    array: np.ndarray[Any, Any] = (tensor.view(torch.int16) if have == "bf16" else tensor).numpy()
     return array.astype(DTYPES[dtype], "C") if surely_finite(have, array.tobytes(), dtype) else None
 
 
@@ -141,12 +142,19 @@ def _decode_few(
     """As `_encode_few`."""
     have = descriptor.dtype
     want = have if dtype is None else _WIRE.get(dtype)
-    if have not in _NUMPY or want not in _NUMPY or not surely_finite(have, buffer, want):
+    if want is None or want not in _CASTS.get(have, ()) or not surely_finite(have, buffer, want):
         return None
     array = np.frombuffer(buffer, DTYPES[have])
     if have != want:
         return array.astype(DTYPES[want])
     return array if array.flags.writeable and array.flags.aligned else array.copy()
+
+
+def _as_tensor(few: np.ndarray[Any, np.dtype[Any]]) -> torch.Tensor:
+    """What `_encode_few` and `_decode_few` gave, over the same memory."""
+    if few.dtype == DTYPES["bf16"]:
+        return torch.from_numpy(few.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(few)
 
 
 def all_finite(values: torch.Tensor) -> bool:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from petalite.bridge import all_finite, from_wire, to_wire, wire_dtype
+from petalite.bridge import all_finite, from_wire, own, to_wire, wire_dtype
 from petalite.errors import ErrorCode, LocalProtocolError, RequestError
 from petalite.wire import tensors
 from petalite.wire.tensors import Descriptor
@@ -103,6 +103,29 @@ def test_few_values_are_cast_as_torch_does(dtype: str, to: torch.dtype) -> None:
         assert torch.equal(back, values.to(to)[None])
         sent = to_wire(values, "f16", shape=(1, len(values)))
         assert bytes(sent[1][0]) == values.half().numpy().tobytes() and sent[0].shape == (1, len(values))
+
+
+def test_few_bfloat16_numbers_keep_their_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every one that is finite, without a look by torch; and one that is not is found."""
+    monkeypatch.setattr("petalite.bridge.all_finite", None)
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
+    for values in every[every.float().abs() < 2.0**126].split(1000):
+        descriptor, (piece,) = to_wire(values, "bf16")
+        body = bytearray(piece)
+        assert body == values.view(torch.int16).numpy().tobytes()
+        back = from_wire(descriptor, body, dtype=torch.bfloat16, shape=(1, -1))
+        assert back.dtype == torch.bfloat16
+        assert torch.equal(back.view(torch.int16), values.view(torch.int16)[None])
+        mine, pieces = own(values, "bf16")
+        assert pieces is not None and bytes(pieces[0]) == body
+        assert mine.dtype == torch.bfloat16 and mine.data_ptr() != values.data_ptr()
+        assert torch.equal(mine.view(torch.int16), values.view(torch.int16))
+    monkeypatch.undo()
+    bad = torch.full((9,), float("inf"), dtype=torch.bfloat16)
+    with pytest.raises(LocalProtocolError, match="NaN or infinity"):
+        to_wire(bad, "bf16")
+    with pytest.raises(RequestError, match="NaN or infinity"):
+        from_wire(Descriptor("h", "bf16", (9,)), bytearray(bad.view(torch.int16).numpy().tobytes()))
 
 
 @pytest.mark.parametrize("count", [1, 9, MANY])
