@@ -59,8 +59,9 @@ class _Graph:
         self.wait()  # what was given before is read
         into, at = self.given[0], 0
         for tensor in inputs:
-            into.narrow(0, at, tensor.shape[0]).copy_(tensor)
-            at += tensor.shape[0]
+            rows = tensor.shape[0]
+            (into if rows == into.shape[0] else into.narrow(0, at, rows)).copy_(tensor)
+            at += rows
 
     def fill_raw(self, inputs: Sequence[bytearray]) -> None:
         """The same from bytes."""
@@ -441,6 +442,8 @@ class FastEnds:
 
         def take(graph: _Graph) -> tuple[list[int], Tensor]:
             tokens, embedded = graph.taken
-            return tokens[:batch].tolist(), embedded[:batch, None].clone()
+            if len(tokens) > batch:
+                tokens, embedded = tokens[:batch], embedded[:batch]
+            return tokens.tolist(), embedded.unsqueeze(1).clone()
 
         return _Replay(graph, take)
