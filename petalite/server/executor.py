@@ -86,6 +86,8 @@ class Executor:
         self._scheduler = Scheduler()
         self._wake = trio.Event()
         self._resting = False  # `run` waits for jobs
+        # What was handed to a device before `run` was awake, and when.
+        self._begun: tuple[Batch, DeviceBatch, Here, float] | None = None
         self._stopping = False
         self._awake = Awake()
         self._worked = 0.0  # seconds that the last batch was in the worker, without the way there
@@ -110,7 +112,7 @@ class Executor:
         `finish` raised, INTERNAL for anything else that went wrong.
 
         A brief one that nobody will share the model with is settled already when this returns: waking `run` for it
-        would take two turns of the loop.
+        would take two turns of the loop. Where a device does the work, it has begun.
         """
         if self._here is None or not self._resting or not self._run_at_once(job, self._here):
             self._scheduler.add(job)
@@ -118,13 +120,18 @@ class Executor:
 
     def _run_at_once(self, job: Job, here: Here) -> bool:
         now = trio.current_time()
-        batch = None if job.training or job.work.span.asynchronous else self._scheduler.at_once(job, now)
+        batch = None if job.training else self._scheduler.at_once(job, now)
         if batch is None:
             return False
         self._resting = False  # what is added by those that hear of it waits for its turn
         self._begin(batch)
-        here(lambda: compute(batch, _never))
-        self._end(batch, trio.current_time() - now)
+        if job.work.span.asynchronous:
+            device = DeviceBatch(batch)
+            here(device.begin)
+            self._begun = (batch, device, here, now)
+        else:
+            here(lambda: compute(batch, _never))
+            self._end(batch, trio.current_time() - now)
         return True
 
     def cancel(self, job: Job) -> None:
@@ -137,6 +144,9 @@ class Executor:
         """Run batches until cancelled."""
         task_status.started()
         while True:
+            if self._begun is not None:
+                await self._end_begun(*self._begun)
+                continue
             batch = self._scheduler.next_batch(trio.current_time())
             if batch is None:
                 await self._rest()
@@ -145,6 +155,11 @@ class Executor:
             begun = trio.current_time()
             await self._run_batch(batch)
             self._end(batch, self._worked if batch.training else trio.current_time() - begun)
+
+    async def _end_begun(self, batch: Batch, device: DeviceBatch, here: Here, begun: float) -> None:
+        self._begun = None
+        await self._see_through(device, here)
+        self._end(batch, trio.current_time() - begun)
 
     async def _rest(self) -> None:
         self._wake = trio.Event()
@@ -183,11 +198,14 @@ class Executor:
             await trio.lowlevel.checkpoint()  # others first; where nothing waits, `run` itself will
 
     async def _run_on_device(self, batch: Batch, here: Here) -> None:
-        """The loop's thread hands the batch to the device, and looks until it is through, others first: what the
-        device's own wait does in a thread of its own, without a thread to wake.
-        """
         device = DeviceBatch(batch)
         here(device.begin)
+        await self._see_through(device, here)
+
+    async def _see_through(self, device: DeviceBatch, here: Here) -> None:
+        """The loop's thread hands a batch to the device, and looks until it is through, others first: what the
+        device's own wait does in a thread of its own, without a thread to wake.
+        """
         while not device.done():
             await trio.lowlevel.checkpoint()
         here(device.end)

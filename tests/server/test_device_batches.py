@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 import trio
+import trio.testing
 from torch import Tensor
 
 from petalite.bloom.span import Part, RawRows, Span, Underway
 from petalite.errors import ErrorCode, RequestError
 from petalite.server.blockserver import BlockServer
+from petalite.server.scheduler import Job
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
 
@@ -89,6 +91,28 @@ async def test_decode_steps_go_as_bytes_and_prefills_do_not(tools: Any, device: 
     torch.testing.assert_close(torch.cat(output, 1), tools.make_span()(x), **CLOSE)
     assert device.span.raw == [1, 1, 1, 1]
     assert device.span.tensors == [1, 1]
+
+
+async def test_a_lone_step_is_with_the_device_at_once(tools: Any, device: Device, monkeypatch: Any) -> None:
+    """From the second on: the first one tells how long they take."""
+    executor, begun = device.server.executor, []
+    add = executor.add
+
+    def noted(job: Job) -> None:
+        before = len(device.span.raw)
+        add(job)
+        begun.append(len(device.span.raw) - before)
+
+    monkeypatch.setattr(executor, "add", noted)
+    client = tools.Client(device.server)
+    await client.open()
+    x = tools.hidden(3)
+    outputs = []
+    for i in range(3):
+        await trio.testing.wait_all_tasks_blocked()
+        outputs.append(await client.run(x[:, i : i + 1], i, i))
+    torch.testing.assert_close(torch.cat(outputs, 1), tools.make_span()(x), **CLOSE)
+    assert begun == [0, 1, 1]
 
 
 async def test_rows_of_several_sessions_share_a_batch(tools: Any, device: Device) -> None:
