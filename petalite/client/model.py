@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 import trio
@@ -22,6 +23,8 @@ from petalite.errors import PetaliteError
 from petalite.net.awake import Awake
 from petalite.swarm.node import Node
 from petalite.wire.tensors import INT8, RAW
+
+T = TypeVar("T")
 
 
 class Model:
@@ -49,11 +52,16 @@ class Model:
         self.tokenizer = parts.tokenizer
         self.notice = notice
         self.draft = draft
-        self.run = runner
+        self._runner = runner
         self._wire = wire
         self._push = push
         self._choosing = False
         self._awake = Awake()
+
+    async def run(self, function: Callable[[], T], /) -> T:
+        """Run our share of the model off the event loop."""
+        self._awake.rest()
+        return await self._runner(function)
 
     @property
     def model_id(self) -> bytes:

@@ -104,6 +104,7 @@ class Executor:
     async def aside(self, function: Callable[[], T]) -> T:
         """Run what needs torch but not its turn off the event loop."""
         results: list[T] = []
+        self._awake.rest()
         await self._runner(lambda: results.append(function()))
         return results[0]
 
@@ -227,6 +228,7 @@ class Executor:
                 self._worked = time.perf_counter() - begun
                 in_worker = False
 
+        self._awake.rest()
         try:
             await self._runner(work)
         except trio.Cancelled:

@@ -57,5 +57,12 @@ async def test_it_stays_awake_only_while_things_come_soon_after_each_other() -> 
         now += 0.9 * AWAKE_SECONDS
         awake.came()
         assert not await _sleeps(instrument)
+        awake.rest()
+        assert await _sleeps(instrument)
+        now += 0.1 * AWAKE_SECONDS
+        awake.came()
+        assert await _sleeps(instrument)
+        awake.came()
+        assert not await _sleeps(instrument)
     finally:
         trio.lowlevel.remove_instrument(instrument)

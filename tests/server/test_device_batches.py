@@ -15,6 +15,7 @@ from torch import Tensor
 from petalite.bloom.span import Part, RawRows, Span, Underway
 from petalite.errors import ErrorCode, RequestError
 from petalite.server.blockserver import BlockServer
+from petalite.server.executor import run_in_thread
 from petalite.server.scheduler import Job
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
@@ -202,3 +203,25 @@ async def test_a_batch_that_fails_on_the_device_is_run_again_one_by_one(tools: A
     output = torch.cat([await client.run(x[:, i : i + 1], i, i) for i in range(2)], 1)
     torch.testing.assert_close(output, tools.make_span()(x), **CLOSE)
     assert (device.span.raw, device.span.tensors) == ([1, 1], [1])
+
+
+async def test_the_loop_sleeps_while_a_worker_needs_the_interpreter(tools: Any, make_server: Any) -> None:
+    """A prefill right behind decode steps: beside a loop that is awake, launching it takes several times as long."""
+    device = Device(await make_server(here=lambda function: function(), runner=run_in_thread))
+    client = tools.Client(device.server)
+    await client.open(max_len=64)
+    x = tools.hidden(60)
+    outputs = [await client.run(x[:, i : i + 1], i, i) for i in range(10)]
+    waits: list[float] = []
+
+    class Waits(trio.abc.Instrument):
+        def before_io_wait(self, timeout: float) -> None:
+            waits.append(timeout)
+
+    instrument = Waits()
+    trio.lowlevel.add_instrument(instrument)
+    outputs.append(await client.run(x[:, 10:], 10, 10))
+    trio.lowlevel.remove_instrument(instrument)
+    torch.testing.assert_close(torch.cat(outputs, 1), tools.make_span()(x), **CLOSE)
+    assert any(timeout > 0 for timeout in waits)
+    assert len(waits) < 100
