@@ -40,7 +40,15 @@ typedef unsigned long long u64;
 enum { W_QKV, B_QKV, W_DENSE, B_DENSE, W_UP, B_UP, W_DOWN, B_DOWN, G_IN, S_IN, G_POST, S_POST, KEY, VALUE, POINTERS };
 enum { QKV, DENSE, UP, DOWN, PRODUCTS };
 
+// What only the chip's own language says; a test says it for the host
+
+#ifndef ON_THE_HOST
 __device__ __forceinline__ u32 shared_at(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+__device__ __forceinline__ char* shared_memory() {
+    extern __shared__ __align__(1024) char memory[];
+    return memory;
+}
 
 // Numbers of the span's type, two in a word
 
@@ -100,6 +108,26 @@ __device__ __forceinline__ void multiply(float (&sum)[4], u32 a0, u32 a1, u32 a2
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+// Copies into shared memory, by groups. `copied` waits for all groups but the last DEPTH - 1.
+__device__ __forceinline__ void copy_16(u32 to, const char* from) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" :: "r"(to), "l"(from) : "memory");
+}
+__device__ __forceinline__ void end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void copied() { asm volatile("cp.async.wait_group %0;" :: "n"(DEPTH - 1) : "memory"); }
+// Closer to the chip.
+__device__ __forceinline__ void prefetch(u64 p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
+
+// Between multiprocessors: what was written before an addition is seen by those who have read its result.
+__device__ __forceinline__ void add_release(u32* p, u32 v) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" :: "l"(p), "r"(v) : "memory");
+}
+__device__ __forceinline__ u32 read_acquire(const u32* p) {
+    u32 v;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
+}
+#endif
+
 struct Shared {
     float sums[2][WARPS][TILE * 8];
     float heads[WARPS][HEAD + 2];
@@ -143,11 +171,10 @@ __device__ __forceinline__ void copy_next(
         u32 to = slot + row * (SHARE * 2) + 16 * (chunk ^ ((row & 1) << 2));
         #pragma unroll
         for (int i = 0; i < TILE / COPIED; i++)
-            asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;"
-                :: "r"(to + i * COPIED * SHARE * 2), "l"(from + (u64)i * COPIED * 2 * inputs) : "memory");
+            copy_16(to + i * COPIED * SHARE * 2, from + (u64)i * COPIED * 2 * inputs);
         if (++at.piece == PIECES * tiles * quarters_of(at.product)) at.piece = 0, at.unit += GRID;
     }
-    asm volatile("cp.async.commit_group;" ::: "memory");
+    end_group();
 }
 
 // Copy what was held back of the product that is next, into the slots before `slot`.
@@ -169,15 +196,14 @@ __device__ __forceinline__ void catch_up(
 __device__ __forceinline__ void come(u32* arrived) {
     __syncthreads();
     if (threadIdx.x == 0)
-        asm volatile("red.release.gpu.global.add.u32 [%0], %1;"
-            :: "l"(arrived), "r"(blockIdx.x == 0 ? 0x80000000u - (GRID - 1) : 1u) : "memory");
+        add_release(arrived, blockIdx.x == 0 ? 0x80000000u - (GRID - 1) : 1u);
 }
 __device__ __forceinline__ void everybody(u32* arrived, u32& turned) {
     if (threadIdx.x == 0) {
         u32 now;
         int patience = 1 << 26;
         do {
-            asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(arrived) : "memory");
+            now = read_acquire(arrived);
             if (--patience == 0) __trap();  // some were never started: an error is better than to hang
         } while ((now ^ turned) & 0x80000000u);
         turned ^= 0x80000000u;
@@ -189,7 +215,7 @@ __device__ __forceinline__ void everybody(u32* arrived, u32& turned) {
 __device__ __forceinline__ void ask_for(const u64* gain_and_shift) {
     int line = blockIdx.x / 2;
     if (threadIdx.x == 0 && line < C / 64)
-        asm volatile("prefetch.global.L2 [%0];" :: "l"(gain_and_shift[blockIdx.x & 1] + 128 * line));
+        prefetch(gain_and_shift[blockIdx.x & 1] + 128 * line);
 }
 
 typedef uint4 Inputs[PIECES][SHARE / 32];
@@ -272,7 +298,7 @@ __device__ __forceinline__ void add_up(
     #pragma unroll
     for (int p = 0; p < PIECES; p++) {
         const char* piece = ring + slot * SLOT_BYTES;
-        asm volatile("cp.async.wait_group %0;" :: "n"(DEPTH - 1) : "memory");
+        copied();
         __syncwarp();
         uint4 a[SHARE / 32], b[SHARE / 32];
         #pragma unroll
@@ -533,7 +559,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(
     int* tickets,           // (ROWS, HEADS), zero
     u32* arrived)           // (1), zero once
 {
-    extern __shared__ __align__(1024) char memory[];
+    char* memory = shared_memory();
     Shared& shared = *(Shared*)(memory + WARPS * DEPTH * SLOT_BYTES);
     int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     for (int i = threadIdx.x; i < LAYERS * POINTERS; i += THREADS) shared.pointers[i] = pointers[i];

@@ -55,35 +55,11 @@ class OnePass:
     """`rows` (up to MAX_ROWS) decode steps through `span` over `pool`. Compiles: takes seconds, raises RuntimeError."""
 
     def __init__(self, span: Span, pool: CachePool, rows: int) -> None:
-        config, device = span.config, span.device
-        C, H, blocks = config.hidden_size, config.n_head, len(span.layers)
-        self._grid = torch.cuda.get_device_properties(device).multi_processor_count
-        self._shared = _depth(span) * _SLOT_BYTES + _BESIDE_BYTES + blocks * _POINTER_BYTES
-        defines = {
-            "C": C, "HEADS": H, "LAYERS": blocks, "ROWS": rows, "GRID": self._grid, "DEPTH": _depth(span),
-            "EPS": f"{config.layer_norm_epsilon!r}f",
-        }  # fmt: skip
-        if span.dtype == torch.float16:
-            defines["HALF"] = 1
-        self._kernel = _compile(defines, device, self._shared)
-
-        def made(*shape: int, dtype: torch.dtype = span.dtype) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
-
-        pairs = zip(span.layers, pool.arenas, strict=True)
-        pointers = [[tensor.data_ptr() for tensor in _tensors(block, arena)] for block, arena in pairs]
-        splits = max(1, self._grid // (rows * H))
-        self._output = made(rows, C)
-        self._fixed = (
-            torch.tensor(pointers, dtype=torch.int64, device=device),
-            torch.tensor(alibi_slopes(H), dtype=torch.float32, device=device),
-            made(rows, 3 * C),
-            made(rows, C),
-            made(rows, 4 * C),
-            made(rows, H, splits, _HEAD + 2, dtype=torch.float32),
-            made(rows, H, dtype=torch.int32),
-            made(1, dtype=torch.int32),
-        )
+        self._grid = torch.cuda.get_device_properties(span.device).multi_processor_count
+        depth = _depth(span)
+        self._shared = shared_bytes(span, depth)
+        self._kernel = _compile(defines(span, rows, self._grid, depth), span.device, self._shared)
+        self._output, self._fixed = buffers(span, pool, rows, self._grid)
 
     def __call__(self, hidden: Tensor, meta: Tensor) -> Tensor:
         """hidden (rows, C), meta (4, rows) as `kernels.decode_attention` wants it -> (rows, C), until the next call."""
@@ -92,10 +68,47 @@ class OnePass:
         return self._output
 
 
+def defines(span: Span, rows: int, grid: int, depth: int) -> dict[str, object]:
+    """What the kernel is compiled with, for a chip of `grid` multiprocessors and rings of `depth` slots."""
+    config = span.config
+    made: dict[str, object] = {
+        "C": config.hidden_size, "HEADS": config.n_head, "LAYERS": len(span.layers), "ROWS": rows, "GRID": grid,
+        "DEPTH": depth, "EPS": f"{config.layer_norm_epsilon!r}f",
+    }  # fmt: skip
+    return made | {"HALF": 1} if span.dtype == torch.float16 else made
+
+
+def shared_bytes(span: Span, depth: int) -> int:
+    """Shared memory that it takes."""
+    return depth * _SLOT_BYTES + _BESIDE_BYTES + len(span.layers) * _POINTER_BYTES
+
+
+def buffers(span: Span, pool: CachePool, rows: int, grid: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Where its result goes, and what it gets behind hidden states, result and meta: see `decode`."""
+    C, H = span.config.hidden_size, span.config.n_head
+
+    def made(*shape: int, dtype: torch.dtype = span.dtype) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=span.device)
+
+    pairs = zip(span.layers, pool.arenas, strict=True)
+    pointers = [[tensor.data_ptr() for tensor in _tensors(block, arena)] for block, arena in pairs]
+    splits = max(1, grid // (rows * H))
+    return made(rows, C), (
+        torch.tensor(pointers, dtype=torch.int64, device=span.device),
+        torch.tensor(alibi_slopes(H), dtype=torch.float32, device=span.device),
+        made(rows, 3 * C),
+        made(rows, C),
+        made(rows, 4 * C),
+        made(rows, H, splits, _HEAD + 2, dtype=torch.float32),
+        made(rows, H, dtype=torch.int32),
+        made(1, dtype=torch.int32),
+    )
+
+
 def _depth(span: Span) -> int:
     properties: Any = torch.cuda.get_device_properties(span.device)
     room: int = properties.shared_memory_per_block_optin
-    return min(_DEPTH, (room - _BESIDE_BYTES - len(span.layers) * _POINTER_BYTES) // _SLOT_BYTES)
+    return min(_DEPTH, (room - shared_bytes(span, 0)) // _SLOT_BYTES)
 
 
 def _tensors(block: Block, arena: Tensor) -> list[Tensor]:
