@@ -123,7 +123,7 @@ class Steps:
         step = running.step
         batch, tokens, hidden = step.tensors[0].shape
         span = session.span
-        raw = running.body if tokens == 1 and _stays_raw(step.tensors[0], session) else None
+        raw = running.body if span.asynchronous and tokens == 1 and _stays_raw(step.tensors[0], session) else None
         work = StepWork(span, session.rows, step.pos, step.pad, step.hypo, session.additions.prompts, raw)
         job = Job(
             owner=session.owner,
