@@ -16,6 +16,7 @@ from petalite.errors import GoAwayCode, HandshakeError, RemoteProtocolError, Req
 from petalite.identity import Address, PeerId
 from petalite.lan.announcement import Announcement
 from petalite.wire import certificate, frames, packing, tensors
+from petalite.wire.heads import RepeatedHead, encode_head
 from petalite.wire.hello import Hello
 from petalite.wire.messages import METHODS
 from petalite.wire.training import TRAINING_METHODS
@@ -112,6 +113,8 @@ def fuzz_messages(data: bytes) -> None:
         return
     again = packing.decode(packing.encode(made.to_wire()))
     check(kind.from_wire(again) == made, "another message after a round trip")
+    repeated = RepeatedHead(made.template("n", "pos"), **{name: again[name] for name in ("n", "pos") if name in again})
+    check(packing.decode(encode_head(repeated, {})) == again, "another message by way of a template")
 
 
 def _verify(public_key: bytes, signature: bytes, message: bytes) -> bool:

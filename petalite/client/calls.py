@@ -20,6 +20,7 @@ from petalite.identity import PeerId
 from petalite.net.connection import OnProgress, PeerConnection, Reply
 from petalite.swarm.node import Node
 from petalite.wire import messages
+from petalite.wire.heads import RepeatedHead, Template
 from petalite.wire.streams import OwnRequest
 from petalite.wire.tensors import RAW, Descriptor, known_descriptor
 from petalite.wire.writer import Priority
@@ -69,6 +70,7 @@ class Calls:
         self._terms = terms
         self._given = given or Given()
         self._encoded: tuple[Tensor, Descriptor, Sequence[memoryview]] | None = None
+        self._heads: dict[bytes, tuple[object, Template]] = {}  # by session id: of its last step, and what it was like
 
     async def open(self, hop: Hop) -> None:
         terms = self._terms
@@ -165,15 +167,6 @@ class Calls:
             _, descriptor, body = self._encoded
         else:
             descriptor, body = bridge.to_wire(inputs, self._terms.dtype, self._terms.codec)
-        message = messages.Step(
-            sid=send.hop.sid,
-            n=send.n,
-            pos=send.start,
-            hypo=send.reorder,
-            pad=None if pad is None else tuple(pad),
-            next=_next(send, following),
-            tensors=(descriptor,),
-        )
         short = inputs.shape[0] * inputs.shape[1] <= limits.SHORT_STEP_TOKENS
         options = {
             "priority": Priority.STEP if short else Priority.BULK,
@@ -181,7 +174,32 @@ class Calls:
             "on_progress": on_progress,
             "patience": limits.PIECE_SECONDS,
         }
-        return message.to_wire(), body, options
+        return self._step_head(send, pad, following, descriptor), body, options
+
+    def _step_head(
+        self, send: Send, pad: Sequence[int] | None, following: Sequence[Send], descriptor: Descriptor
+    ) -> Mapping[str, Any]:
+        """The steps of a decoding differ in two numbers only."""
+        sid, n, start = send.hop.sid, send.n, send.start
+        route = [(other.hop.peer, other.hop.sid, other.n - n) for other in following]
+        like = (send.reorder, pad, route, descriptor)
+        known = self._heads.get(sid)
+        if known is not None and known[0] == like:
+            return RepeatedHead(known[1], n=n, pos=start)
+        message = messages.Step(
+            sid=sid,
+            n=n,
+            pos=start,
+            hypo=send.reorder,
+            pad=None if pad is None else tuple(pad),
+            next=_next(send, following),
+            tensors=(descriptor,),
+        )
+        if all(ahead == 0 for _, _, ahead in route):  # else numbers of the route differ too
+            if len(self._heads) >= limits.MAX_HOPS:
+                self._heads.clear()
+            self._heads[sid] = (like, message.template("n", "pos"))
+        return message.to_wire()
 
     async def await_pushed(self, send: Send) -> Outcome:
         """The output of a step that the hop before brings."""

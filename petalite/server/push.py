@@ -15,7 +15,7 @@ from petalite.errors import ErrorCode, PetaliteError, RequestError
 from petalite.identity import PeerId
 from petalite.net.connection import PeerConnection
 from petalite.wire.frames import Buffer
-from petalite.wire.messages import Hop, Push, Unpushed
+from petalite.wire.messages import Hop, Unpushed
 from petalite.wire.streams import OwnRequest
 from petalite.wire.writer import Priority
 
@@ -40,7 +40,8 @@ class Pushing:
     """The output of step `n` of our session `sid`, on its way to `peer`, before `deadline` on trio's clock."""
 
     peer: PeerId
-    push: Push
+    owner: PeerId
+    head: Mapping[str, Any]
     body: Sequence[Buffer]
     priority: Priority
     deadline: float
@@ -50,7 +51,7 @@ class Pushing:
     @property
     def session(self) -> object:
         """Which session's it is at `peer`."""
-        return (self.push.owner, self.push.sid)
+        return (self.owner, self.head["sid"])
 
 
 class Pusher:
@@ -102,8 +103,7 @@ class Pusher:
         connection, begun = self._connected(pushing.peer), None
         if connection is not None:
             try:
-                head = pushing.push.to_wire()
-                request = connection.begin("push", head, pushing.body, deadline, priority=pushing.priority)
+                request = connection.begin("push", pushing.head, pushing.body, deadline, priority=pushing.priority)
             except PetaliteError as error:
                 self._failed(pushing, error)
                 return
@@ -120,18 +120,17 @@ class Pusher:
                     connection, request = begun
                     await connection.finish(request)
                 elif self._send is not None:
-                    await self._send(pushing.peer, "push", pushing.push.to_wire(), pushing.body, pushing.priority)
+                    await self._send(pushing.peer, "push", pushing.head, pushing.body, pushing.priority)
         except (PetaliteError, trio.TooSlowError) as error:
             self._failed(pushing, error)
         finally:
             self._under_way -= Counter({pushing.session: 1})
 
     def _failed(self, pushing: Pushing, error: Exception | str) -> None:
-        n, peer = pushing.push.n, pushing.peer
-        log.info("push of step %d to peer %s.. failed: %s", n, peer.short, error or "deadline passed")
+        log.info("push of step %d to peer %s.. failed: %s", pushing.n, pushing.peer.short, error or "deadline passed")
         if self._nursery is not None:
             unpushed = Unpushed(sid=pushing.sid, n=pushing.n)
-            self._nursery.start_soon(self._tell, PeerId(pushing.push.owner), unpushed)
+            self._nursery.start_soon(self._tell, pushing.owner, unpushed)
 
     async def _tell(self, owner: PeerId, unpushed: Unpushed) -> None:
         connection = self._connected(owner)

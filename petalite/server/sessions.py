@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from petalite.errors import ErrorCode, LocalProtocolError, RequestError
 from petalite.identity import PeerId
 from petalite.server.additions import Additions
 from petalite.server.state import IN_PROGRESS, SESSION_REFUSALS, SESSION_TRANSITIONS, SessionEvent, SessionState
+from petalite.wire.heads import Template
 from petalite.wire.messages import Open, Step
 from petalite.wire.tensors import Descriptor
 from petalite.wire.writer import Priority
@@ -25,14 +26,14 @@ StepDigest = tuple[object, ...]
 class Answer:
     """What a step was answered with: head fields and body pieces, kept for a retry of the same step."""
 
-    head: dict[str, Any]
+    head: Mapping[str, Any]
     body: Sequence[memoryview]
     tensors: tuple[Descriptor, ...] = ()
     priority: Priority = Priority.STEP
 
     @property
     def size(self) -> int:
-        return sum(len(piece) for piece in self.body)
+        return sum(map(len, self.body))
 
 
 @dataclass(slots=True, eq=False)
@@ -81,7 +82,7 @@ class Session:
     """One caller's KV cache over a span. `n` is the number of the next step; `rows` know the position.
 
     `early` stands for the one push that may wait for the step before it. `growth`: its cache is being copied to a
-    longer place, and its next step waits for that.
+    longer place, and its next step waits for that. `pushed`: the head of the last push onward, and what it was like.
     """
 
     owner: PeerId
@@ -96,6 +97,7 @@ class Session:
     running: Running | None = None
     early: object | None = None
     growth: Growth | None = None
+    pushed: tuple[object, Template] | None = None
     watchers: list[Watcher] = field(default_factory=list)
     state: SessionState = SessionState.OPENED
 

@@ -6,8 +6,10 @@ dropped when nobody does.
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import trio
@@ -23,6 +25,7 @@ from petalite.server.sessions import Answer, Running, Session, Watcher
 from petalite.server.state import SessionState
 from petalite.server.table import SessionTable
 from petalite.wire import messages
+from petalite.wire.heads import RepeatedHead, Template
 from petalite.wire.tensors import RAW, Descriptor, total_size
 from petalite.wire.writer import Priority
 
@@ -86,7 +89,7 @@ class Steps:
         return _Want(self._table, session, call, find, self._reply, message.n).begin()
 
     def _reply(self, answer: Answer) -> Reply:
-        head = answer.head | {"drain": True} if self._draining() else answer.head
+        head = {**answer.head, "drain": True} if self._draining() else answer.head
         return Reply(head, answer.body, answer.priority)
 
     # What they share
@@ -150,20 +153,10 @@ class Steps:
         """The next hop gets the output at once, without waiting for the client to take its copy."""
         if not step.next or not self._pusher.enabled:
             return
-        first, *rest = step.next
-        push = messages.Push(
-            owner=bytes(session.owner),
-            sid=first.sid,
-            n=step.n if first.n is None else first.n,
-            pos=step.pos,
-            hypo=step.hypo,
-            pad=step.pad,
-            next=tuple(rest) or None,
-            tensors=answer.tensors,
-        )
         pushing = Pushing(
-            peer=PeerId(first.peer),
-            push=push,
+            peer=PeerId(step.next[0].peer),
+            owner=session.owner,
+            head=_push_head(session, step, step.next, answer.tensors),
             body=answer.body,
             priority=answer.priority,
             deadline=deadline,
@@ -186,8 +179,37 @@ def _answer(session: Session, running: Running, output: torch.Tensor) -> Answer:
 def _answer_with(step: messages.Step, tensor: Descriptor, body: Sequence[memoryview]) -> Answer:
     batch, tokens, _ = step.tensors[0].shape
     position = step.pos + tokens
-    reply = messages.StepReply(n=step.n, pos=position, tensors=(tensor,))
-    return Answer(reply.to_wire(), body, (tensor,), Priority.STEP if batch * tokens <= SHORT_TOKENS else Priority.BULK)
+    head = RepeatedHead(_reply_template(tensor), n=step.n, pos=position)
+    return Answer(head, body, (tensor,), Priority.STEP if batch * tokens <= SHORT_TOKENS else Priority.BULK)
+
+
+@functools.lru_cache(maxsize=64)
+def _reply_template(tensor: Descriptor) -> Template:
+    return messages.StepReply(n=0, pos=0, tensors=(tensor,)).template("n", "pos")
+
+
+def _push_head(
+    session: Session, step: messages.Step, route: Sequence[messages.Hop], tensors: tuple[Descriptor, ...]
+) -> Mapping[str, Any]:
+    """The pushes of a decoding differ in two numbers only."""
+    first, *rest = route
+    n = step.n if first.n is None else first.n
+    like = (route, step.hypo, step.pad, tensors)
+    if session.pushed is not None and session.pushed[0] == like:
+        return RepeatedHead(session.pushed[1], n=n, pos=step.pos)
+    push = messages.Push(
+        owner=bytes(session.owner),
+        sid=first.sid,
+        n=n,
+        pos=step.pos,
+        hypo=step.hypo,
+        pad=step.pad,
+        next=tuple(rest) or None,
+        tensors=tensors,
+    )
+    if all(hop.n is None for hop in route):  # else numbers of the route differ too
+        session.pushed = (like, push.template("n", "pos"))
+    return push.to_wire()
 
 
 def _stays_raw(tensor: Descriptor, session: Session) -> bool:

@@ -311,11 +311,12 @@ class SessionTable:
     def _keep(self, session: Session, answer: Answer) -> None:
         """Keep the answer for a retry; the oldest answers of others make room."""
         self._unkeep(session)
-        if answer.size > limits.KEPT_REPLY_BYTES:
+        size = answer.size
+        if size > limits.KEPT_REPLY_BYTES:
             return
         session.last_answer = answer
-        self._kept[session] = answer.size
-        self._kept_bytes += answer.size
+        self._kept[session] = size
+        self._kept_bytes += size
         while self._kept_bytes > limits.KEPT_REPLY_BYTES:
             self._unkeep(next(iter(self._kept)))
 

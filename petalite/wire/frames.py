@@ -132,23 +132,24 @@ def _body_size(frame: Frame) -> int:
 
 
 LARGEST_STREAM = 2**53 - 1
+_REQ_START = b"\x95\x01" + packing.encode_uint(LARGEST_STREAM)
 
 
-def encode_req(end: bool, method: str, head: Head) -> bytes:
-    """A REQ whose stream id is set later, by `with_stream`: ids are allotted in the order of writing (PT-STR-003).
+def encode_req(end: bool, method: str, head: bytes) -> bytes:
+    """A REQ with an encoded `head`. Its stream id is set later, by `with_stream`: ids are allotted in the order of
+    writing (PT-STR-003).
 
     This and `encode_res` do what `encode` does, without the object in between: they stand in the way of each step.
     """
     _check_method(method)
-    return _head_frame([_REQ, LARGEST_STREAM, 1 if end else 0, method, head])
+    return _within_limit(_REQ_START + (b"\x01" if end else b"\x00") + packing.encode(method) + head)
 
 
-def encode_res(stream: int, end: bool, head: Head) -> bytes:
-    return _head_frame([_RES, stream, 1 if end else 0, head])
+def encode_res(stream: int, end: bool, head: bytes) -> bytes:
+    return _within_limit(b"\x94\x02" + packing.encode_uint(stream) + (b"\x01" if end else b"\x00") + head)
 
 
-def _head_frame(fields: list[Any]) -> bytes:
-    data = packing.encode(fields)
+def _within_limit(data: bytes) -> bytes:
     if len(data) > limits.MAX_HEAD_FRAME:
         raise LocalProtocolError(f"frame of {len(data)} bytes, limit {limits.MAX_HEAD_FRAME}")
     return data
@@ -161,22 +162,12 @@ def _check_method(method: str) -> None:
 
 def with_stream(encoded: bytes, stream: int) -> bytes:
     """What `encode_req` gave, with its real stream id."""
-    return encoded[:2] + _packed_uint(stream) + encoded[11:]
+    return encoded[:2] + packing.encode_uint(stream) + encoded[11:]
 
 
 def with_body(encoded: bytes, size: int) -> bytes:
     """An encoded REQ or RES as it stands before its own `size` body bytes: one element more, whose bytes follow."""
     return bytes((encoded[0] + 1,)) + encoded[1:] + b"\xc5" + size.to_bytes(2, "big")
-
-
-def _packed_uint(value: int) -> bytes:
-    if value < 0x80:
-        return bytes((value,))
-    if value < 0x1_0000:
-        return b"\xcd" + value.to_bytes(2, "big")
-    if value < 0x1_0000_0000:
-        return b"\xce" + value.to_bytes(4, "big")
-    return b"\xcf" + value.to_bytes(8, "big")
 
 
 # Plain integers: an IntEnum in the array would cost a slower way through the encoder.
@@ -209,7 +200,7 @@ def data_prefix(stream: int, end: bool, size: int) -> bytes:
     """Everything of a DATA frame that stands before its `size` body bytes, so that a body is never packed."""
     if stream < 0x1_0000:
         return _USUAL_DATA.pack(0x94, _DATA, 0xCD, stream, end, 0xC5, size)
-    return b"\x94\x03" + _packed_uint(stream) + (b"\x01\xc5" if end else b"\x00\xc5") + size.to_bytes(2, "big")
+    return b"\x94\x03" + packing.encode_uint(stream) + (b"\x01\xc5" if end else b"\x00\xc5") + size.to_bytes(2, "big")
 
 
 def decode(data: memoryview) -> Frame:

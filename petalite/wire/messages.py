@@ -25,6 +25,7 @@ from petalite.limits import (
     SESSION_ID_BYTES,
 )
 from petalite.wire.additions import ADDITIONS, AdapterName, TensorSet, check_additions
+from petalite.wire.heads import Template
 from petalite.wire.packing import Bin, Bool, FieldError, Int, Ints, ListOf, OneOf, Plain, Rule, Str, refuse_critical
 from petalite.wire.tensors import CODECS, FLOATS, Descriptor, check_names, parse_descriptors, total_size
 
@@ -155,6 +156,10 @@ class Message:
             if value is not None:
                 made[key] = value if plain else rule.dump(value)
         return made
+
+    def template(self, *varying: str) -> Template:
+        """For messages that differ from this one in the `varying` integers only."""
+        return Template({name: value for name, value in self.to_wire().items() if name not in varying})
 
     @classmethod
     def from_wire(cls, received: Mapping[str, Any]) -> Self:

@@ -135,13 +135,15 @@ def _check_keys(value: dict[Any, Any]) -> None:
 # ---------------------------------------------------------------------------------------------------------- encode
 
 
-def encode(value: Any) -> bytes:
+def encode(value: Any, *, within: int = 0) -> bytes:
     """`value` as msgpack that `decode` accepts (tuples and IntEnums become lists and ints; any buffer becomes bin).
+
+    It will stand `within` so many containers.
 
     Raises LocalProtocolError where spec/04 has no form for it. The size is the caller's to check.
     """
     try:
-        _examine((value,), 0)
+        _examine((value,), within)
         data = cast(bytes, msgpack.packb(value))
         # Nothing in a short result can be too long or too many; a long one is judged as its receiver would judge it.
         if len(data) > min(MAX_STR, MAX_ELEMENTS):
@@ -149,6 +151,19 @@ def encode(value: Any) -> bytes:
     except (ValueError, TypeError, OverflowError, RecursionError, RemoteProtocolError) as error:
         raise LocalProtocolError(f"cannot encode: {error}") from None
     return data
+
+
+def encode_uint(value: int) -> bytes:
+    """An integer of 0..2^64-1 in its shortest form."""
+    if value < 0x80:
+        return bytes((value,))
+    if value < 0x100:
+        return bytes((0xCC, value))
+    if value < 0x1_0000:
+        return b"\xcd" + value.to_bytes(2, "big")
+    if value < 0x1_0000_0000:
+        return b"\xce" + value.to_bytes(4, "big")
+    return b"\xcf" + value.to_bytes(8, "big")
 
 
 def _examine(value: Any, depth: int) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from petalite import limits
 from petalite.errors import ErrorCode, LocalProtocolError, RemoteProtocolError, RequestError
 from petalite.wire import events, frames, packing
+from petalite.wire.heads import encode_head
 from petalite.wire.quota import Quota
 from petalite.wire.state import StreamEvent, StreamState
 from petalite.wire.streams import IncomingBody, PeerRequest, body_size, uint_field
@@ -52,7 +53,8 @@ class Replier:
             self.error(request, RequestError(ErrorCode.RESOURCES, text))
             return
         request.inline = self.inline and 0 < size <= limits.MAX_INLINE_BODY
-        request.encoded = frames.encode_res(request.stream, size == 0 or request.inline, {**head, "size": size})
+        encoded = encode_head(head, {"size": size})
+        request.encoded = frames.encode_res(request.stream, size == 0 or request.inline, encoded)
         request.drop_body()
         if not self._quota.reserve(size):
             error = RequestError(ErrorCode.RESOURCES, "replies wait unread", {"retry": True, "after": 1000})

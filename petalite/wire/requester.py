@@ -18,6 +18,7 @@ from petalite.errors import (
     RequestError,
 )
 from petalite.wire import events, frames, packing
+from petalite.wire.heads import encode_head
 from petalite.wire.quota import Quota
 from petalite.wire.state import StreamEvent, StreamState
 from petalite.wire.streams import IncomingBody, OwnRequest, body_size, readable
@@ -69,11 +70,11 @@ class Requester:
         if len(self._open) + len(self._unsent) >= self.max_streams:
             text = f"{self.max_streams} requests to the peer are open already"
             raise RequestError(ErrorCode.REFUSED, text, {"retry": True, "after": 100})
-        fields: dict[str, Any] = {**head, "size": size, "max": max_reply}
+        added = {"size": size, "max": max_reply}
         if deadline_ms is not None:
-            fields["dl"] = deadline_ms
+            added["dl"] = deadline_ms
         request.inline = self.inline and 0 < size <= limits.MAX_INLINE_BODY
-        request.encoded = frames.encode_req(size == 0 or request.inline, method, fields)
+        request.encoded = frames.encode_req(size == 0 or request.inline, method, encode_head(head, added))
         self._unsent[request] = None
         self._writer.put(request)
         return request

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -88,15 +88,15 @@ class Client:
     calls: list[Any] = field(default_factory=list)
 
     async def request(
-        self, method: str, head: messages.Message | dict[str, Any], body: bytearray | None = None
+        self, method: str, head: messages.Message | Mapping[str, Any], body: bytearray | None = None
     ) -> Reply:
         return received(await self.begin(method, head, body))
 
     def begin(
-        self, method: str, head: messages.Message | dict[str, Any], body: bytearray | None = None
+        self, method: str, head: messages.Message | Mapping[str, Any], body: bytearray | None = None
     ) -> Awaitable[Reply]:
         """What the handler returns."""
-        fields = packing.decode(packing.encode(head if isinstance(head, dict) else head.to_wire()))
+        fields = packing.decode(packing.encode(head.to_wire() if isinstance(head, messages.Message) else dict(head)))
         request: Any = SimpleNamespace(progress={"s": "running"})  # all that a call needs of its stream
         self.calls.append(request)
         call = Call(self.peer, method, fields, body or bytearray(), request, trio.current_effective_deadline())

@@ -14,6 +14,7 @@ from petalite import limits
 from petalite.errors import ErrorCode, PeerLost, RequestError
 from petalite.net.call import Call
 from petalite.wire import messages, packing
+from petalite.wire.heads import RepeatedHead
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 SPANS = [(0, 1), (1, 3), (3, 4)]
@@ -38,6 +39,7 @@ class Swarm:
         self.lose: set[int] = set()
         self.held: dict[int, trio.Event] = {}
         self.deadlines: list[float] = []
+        self.heads: list[Any] = []
         self.told: list[messages.Unpushed] = []
 
     async def start(self, make_server, **options) -> Swarm:
@@ -52,6 +54,7 @@ class Swarm:
         async def send(peer, method, head, body, priority, /) -> None:
             to = self.peers.index(peer)
             self.sent.append((to, head["n"]))
+            self.heads.append(head)
             self.deadlines.append(trio.current_effective_deadline())
             if to in self.held:
                 await self.held[to].wait()
@@ -98,6 +101,17 @@ class Swarm:
 @pytest.fixture
 async def swarm(tools, make_server) -> Swarm:
     return await Swarm(tools).start(make_server)
+
+
+async def test_what_the_pushes_of_a_decoding_have_in_common_is_encoded_once(swarm, tools) -> None:
+    await swarm.open()
+    for n, (pos, count, hypo) in enumerate([(0, 3, None), (3, 1, None), (4, 1, None), (5, 1, (0,)), (6, 1, None)]):
+        await swarm.advance(tools.hidden(count), n, pos, hypo=hypo)
+    first = [head for (to, _), head in zip(swarm.sent, swarm.heads, strict=True) if to == 1]
+    assert [type(head) is RepeatedHead for head in first] == [False, False, True, False, False]
+    assert [(head["n"], head["pos"], "hypo" in head) for head in first] == [
+        (0, 0, False), (1, 3, False), (2, 4, False), (3, 5, True), (4, 6, False)
+    ]  # fmt: skip
 
 
 async def test_a_step_goes_through_the_chain_and_everybody_answers_the_client(swarm, tools) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from petalite import limits
 from petalite.errors import GoAwayCode, LocalProtocolError, RemoteProtocolError
-from petalite.wire import frames
+from petalite.wire import frames, packing
 from petalite.wire.frames import Cancel, Data, Err, GoAway, Hello, Ignorable, Ping, Pong, Progress, Req, Res
 
 streams = st.integers(1, frames.LARGEST_STREAM)
@@ -80,7 +80,7 @@ def test_data_of_any_allowed_length(size: int) -> None:
 
 @pytest.mark.parametrize("stream", [1, 0x7F, 0x80, 0xFFFF, 0x10000, 2**32, 2**53 - 1])
 def test_a_request_gets_its_stream_id_late(stream: int) -> None:
-    late = frames.with_stream(frames.encode_req(False, "echo", {"a": 1}), stream)
+    late = frames.with_stream(frames.encode_req(False, "echo", packing.encode({"a": 1})), stream)
     assert decode(late) == Req(stream, False, "echo", {"a": 1})
 
 
@@ -88,9 +88,10 @@ def test_a_request_gets_its_stream_id_late(stream: int) -> None:
 def test_a_body_that_travels_with_its_head(size: int) -> None:
     body = bytes(range(256)) * (size // 256 + 1)
     head = {"size": size, "x": bytes(limits.MAX_HEAD_FRAME - 100)}
-    req = frames.with_body(frames.with_stream(frames.encode_req(True, "echo", head), 77), size) + body[:size]
+    encoded = packing.encode(head)
+    req = frames.with_body(frames.with_stream(frames.encode_req(True, "echo", encoded), 77), size) + body[:size]
     assert decode(req) == Req(77, True, "echo", head, body[:size])
-    res = frames.with_body(frames.encode_res(77, True, head), size) + body[:size]
+    res = frames.with_body(frames.encode_res(77, True, encoded), size) + body[:size]
     assert decode(res) == Res(77, True, head, body[:size]) == decode(frames.encode(Res(77, True, head, body[:size])))
 
 
@@ -173,6 +174,6 @@ def test_what_would_break_a_limit_is_not_encoded() -> None:
     with pytest.raises(LocalProtocolError):
         frames.encode(Req(1, True, "m" * 65, {}))
     with pytest.raises(LocalProtocolError):
-        frames.encode_req(True, "m" * 65, {})
+        frames.encode_req(True, "m" * 65, packing.encode({}))
     with pytest.raises(LocalProtocolError):
-        frames.encode_res(1, True, {"x": bytes(limits.MAX_HEAD_FRAME)})
+        frames.encode_res(1, True, packing.encode({"x": bytes(limits.MAX_HEAD_FRAME)}))
