@@ -68,19 +68,20 @@ async def _measure(steps: int, wire: str) -> dict[str, list[float]]:
         async with join(peers, lan=False) as swarm:
             pushed = await swarm.load(FAIRYTALE, wire=wire)
             relayed = RemoteModel(swarm.node, pushed.parts, wire=wire, push=False)
-            length = PROMPT_TOKENS + 3 * (steps + WARM_UP)
-            local = _local_step(length)
+            length = PROMPT_TOKENS + steps + WARM_UP
+            local = _Local(length)
             hidden = await relayed.embed([list(range(4, 4 + PROMPT_TOKENS))])
             async with relayed.session(max_len=length) as first, pushed.session(max_len=length) as second:
-                ways = [
+                ways: list[tuple[str, Callable[[torch.Tensor], Awaitable[object]]]] = [
                     ("relayed", first.step),
-                    ("local", local),
+                    ("local", local.step),
                     ("pushed", second.step),
-                    ("local", local),
-                    (LOOP, local),
+                    ("local", local.step),
+                    (LOOP, local.step),
                 ]
-                for run in (first.step, second.step, local):
+                for _, run in ways[:3]:
                     await run(hidden)
+                local.commit()
                 times: dict[str, list[float]] = {name: [] for name, _ in ways}
                 for number in range(WARM_UP + steps):
                     for name, run in ways:
@@ -88,24 +89,31 @@ async def _measure(steps: int, wire: str) -> dict[str, list[float]]:
                         await run(hidden[:, :1])
                         if number >= WARM_UP:
                             times[name].append(time.perf_counter() - started)
+                    local.commit()
     return times
 
 
-def _local_step(length: int) -> Callable[[torch.Tensor], Awaitable[object]]:
+class _Local:
     """The blocks of both servers in this process, each half packed and with a cache of its own as there."""
-    directory = find_model(FAIRYTALE)
-    config = BloomConfig.load(directory)
-    halves = []
-    for start, end in SPANS:
-        span = load_span(directory, start, end)
-        pack(span)
-        pool = CachePool(config, end - start, length, dtype=torch.float32)
-        halves.append((span, pool.reserve(1, length)))
 
-    async def step(hidden: torch.Tensor) -> None:
+    def __init__(self, length: int) -> None:
+        directory = find_model(FAIRYTALE)
+        config = BloomConfig.load(directory)
+        self._halves = []
+        self._behind = 0
+        for start, end in SPANS:
+            span = load_span(directory, start, end)
+            pack(span)
+            pool = CachePool(config, end - start, length, dtype=torch.float32)
+            self._halves.append((span, pool.reserve(1, length)))
+
+    async def step(self, hidden: torch.Tensor) -> None:
+        """Behind what was committed: all steps of a round look at as many tokens as those of the servers do."""
+        self._behind = hidden.shape[1]
         with torch.inference_mode():
-            for span, rows in halves:
+            for span, rows in self._halves:
                 hidden = span.step(hidden, rows)
-                rows.commit(rows.position + hidden.shape[1])
 
-    return step
+    def commit(self) -> None:
+        for _, rows in self._halves:
+            rows.commit(rows.position + self._behind)
