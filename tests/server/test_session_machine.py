@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from petalite import limits
 from petalite.bloom.cache import CachePool
 from petalite.errors import ErrorCode, RequestError
+from petalite.identity import PeerId
 from petalite.server.sessions import Answer, Running
 from petalite.server.table import SessionTable
 
@@ -88,11 +90,13 @@ class TableMachine(RuleBasedStateMachine):
             assert got is expected
             return
         gone = before - set(self.table._sessions) - {(owner, tools.sid(number))}
+        lengths: Counter[PeerId] = Counter()
+        for (peer, _), other in self.model.items():
+            lengths[peer] += other.length
         for peer, sid in gone:  # evicted, or found lapsed: never with a step in progress
             victim = self.model.pop((peer, int.from_bytes(sid, "big")))
             assert victim.running is None
-            others = sum(m.length for k, m in self.model.items() if k[0] == peer)
-            assert self.now - victim.used_at >= limits.PARK_SECONDS or victim.length + others > CAPACITY // 2
+            assert self.now - victim.used_at >= limits.PARK_SECONDS or lengths[peer] > CAPACITY // 2
         if got is ErrorCode.RESOURCES:
             assert not gone  # nobody is evicted in vain
             assert not self.table.pool.would_fit(1, length)

@@ -231,7 +231,9 @@ async def test_a_cancelled_pass_stops_at_the_next_block(tools: Any, make_server:
     assert (await forward(client, tools.MODEL, {"h": H}))["h"].shape == H.shape
 
 
-async def test_a_decode_step_goes_between_two_blocks_of_a_pass(tools: Any, make_server: Any, monkeypatch: Any) -> None:
+async def test_a_decode_step_goes_between_two_blocks_of_a_pass(
+    tools: Any, make_server: Any, monkeypatch: Any, autojump_clock: trio.testing.MockClock
+) -> None:
     monkeypatch.setattr(scheduler, "TRAINING_CREDIT_SECONDS", 0.0)  # the clock stands still: nothing to make up for
     runner = tools.HeldRunner()
     server = await make_server(runner=runner)
