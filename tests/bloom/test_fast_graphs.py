@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -73,6 +73,30 @@ def fast() -> tuple[FastSpan, CachePool]:
 
 def _parts(pool: CachePool, sizes: Sequence[int]) -> list[Part]:
     return [Part(pool.reserve(size, 20 + i), 1, 3 + i, [i % 3] * size) for i, size in enumerate(sizes)]
+
+
+def _host_kernel(span: FastSpan, pool: CachePool, spoil: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    def run(hidden: Tensor, meta: Tensor) -> Tensor:
+        taken = (torch.zeros_like(hidden), torch.zeros(len(hidden)))
+        _Replayed(span, pool, (hidden, meta), taken).replay()
+        return spoil(taken[0])
+
+    return run
+
+
+@pytest.mark.parametrize("batch", [1, 2, 8])
+def test_a_kernel_is_tried_before_it_is_used(fast: tuple[FastSpan, CachePool], batch: int) -> None:
+    span, pool = fast
+    free = pool.free
+    span._prove(_host_kernel(span, pool, lambda output: output), batch)
+    spoilt: list[Callable[[Tensor], Tensor]] = [
+        torch.zeros_like, lambda output: 1.2 * output, lambda output: output * float("nan"),
+        lambda output: output.roll(1, dims=1), lambda output: torch.cat([output[:-1], -output[-1:]]),
+    ]  # fmt: skip
+    for spoil in spoilt:
+        with pytest.raises(RuntimeError, match="off by"):
+            span._prove(_host_kernel(span, pool, spoil), batch)
+    assert pool.free == free
 
 
 @pytest.mark.parametrize("sizes", [(1,), (1, 1, 1), (2, 1), (3, 4, 1), (5, 6), (16,)])
