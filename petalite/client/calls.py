@@ -143,16 +143,25 @@ class Calls:
 
         Raises ReplyLate too: after PIECE_SECONDS, and where `on_progress` does.
         """
-        due = self._terms.descriptor(inputs.shape[1])
-        if asked is not None:
-            try:
-                return self._outcome(send, due, await asked.connection.finish(asked.request))
-            except PeerSilent:
-                raise
-            except PeerLost as error:
-                log.debug("%s: %s; asking again", send.hop, error)
-        head, body, options = self._step_request(send, inputs, pad, following, on_progress)
-        return self._outcome(send, due, await self._request(send.hop, "step", head, body, **options))
+        reply = await self._finished(asked) if asked is not None else None
+        if reply is None:
+            head, body, options = self._step_request(send, inputs, pad, following, on_progress)
+            if asked is None:
+                reply = await self._request(send.hop, "step", head, body, **options)
+            else:
+                connection = await _connect(self._node, send.hop.peer)
+                reply = await connection.request("step", head, body, **options)
+        return self._outcome(send, self._terms.descriptor(inputs.shape[1]), reply)
+
+    async def _finished(self, asked: Asked) -> Reply | None:
+        """The reply; None where the connection broke, so that it is worth asking once more, as in `ask`."""
+        try:
+            return await asked.connection.finish(asked.request)
+        except PeerSilent:
+            raise
+        except PeerLost as error:
+            log.debug("peer %s..: %s; trying a new connection", asked.connection.peer.short, error)
+            return None
 
     def _step_request(
         self,
