@@ -18,7 +18,8 @@ from petalite import bridge, limits
 from petalite.errors import ErrorCode, LocalProtocolError, RequestError
 from petalite.identity import PeerId
 from petalite.net.call import Call, Later, Reply
-from petalite.server.executor import Executor, StepWork
+from petalite.server.compute import StepWork
+from petalite.server.executor import Executor
 from petalite.server.push import Pusher, Pushing
 from petalite.server.scheduler import SHORT_TOKENS, Job
 from petalite.server.sessions import Answer, Running, Session, Watcher

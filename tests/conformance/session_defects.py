@@ -11,7 +11,7 @@ from defects import defect, patch
 from petalite import bridge
 from petalite.bloom import cache, lora, span
 from petalite.errors import ErrorCode, RequestError
-from petalite.server import executor, handlers, sessions, steps, table
+from petalite.server import compute, handlers, sessions, steps, table
 
 # --- tensors
 
@@ -117,7 +117,7 @@ def ignores_hypo() -> None:
 def ignores_padding() -> None:
     before = span.Part
     replaced = lambda rows, tokens, position, pad=None: before(rows, tokens, position, None)  # noqa: E731
-    patch(executor, "Part", replaced)
+    patch(compute, "Part", replaced)
 
 
 @defect("steps/003")
