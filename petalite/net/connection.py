@@ -14,7 +14,7 @@ from typing import Any
 import trio
 
 from petalite import limits
-from petalite.errors import GoAwayCode, PeerLost, RemoteProtocolError, RequestError
+from petalite.errors import ErrorCode, GoAwayCode, PeerLost, RemoteProtocolError, ReplyLate, RequestError
 from petalite.net.call import Call, Handler, Reply
 from petalite.net.serving import Serving
 from petalite.net.transport import Transport
@@ -190,7 +190,7 @@ class PeerConnection:
         Raises PeerUnreachable and LocalProtocolError as `request` does.
         """
         now = trio.current_time()
-        left = deadline - now
+        left = min(deadline - now, patience)  # spec 03: until we give up
         deadline_ms = None if left == math.inf else max(0, math.ceil(left * 1000))
         request = self._core.send_request(
             method, head or {}, body, now=now, priority=priority, max_reply=max_reply, deadline_ms=deadline_ms
@@ -213,6 +213,8 @@ class PeerConnection:
         if isinstance(outcome, Reply):
             return outcome
         if isinstance(outcome, RequestError):
+            if outcome.code is ErrorCode.DEADLINE and trio.current_time() >= request.late_at:
+                raise ReplyLate("no reply came in time")  # by the peer's clock: it saw our patience end first
             raise RequestError(outcome.code, outcome.text, outcome.detail, self.peer.text)
         raise outcome or PeerLost(self.close_reason)
 

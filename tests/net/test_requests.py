@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -158,12 +159,25 @@ async def test_a_deadline_travels_and_ends_the_handler(autojump_clock: MockClock
         assert ended == [pytest.approx(begin + 3, abs=0.01)] and is_clean(pair)
 
 
-async def test_patience_ends_a_request_and_nothing_else(autojump_clock: MockClock) -> None:
-    async with endpoint_pair({"forever": forever, "echo": echo}) as pair:
+@pytest.mark.parametrize("told", [True, False])
+async def test_patience_ends_a_request_and_nothing_else(
+    told: bool, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the peer ends it, since `dl` says how long we wait (PT-STR-040), or we must."""
+    deadlines = []
+
+    async def noted(call: Call) -> Reply:
+        deadlines.append(call.deadline)
+        return await forever(call)
+
+    async with endpoint_pair({"forever": noted, "echo": echo}) as pair:
+        if not told:
+            monkeypatch.setattr("petalite.net.serving._deadline", lambda request: math.inf)
         begin = trio.current_time()
         with pytest.raises(ReplyLate):
             await pair.ab.request("forever", patience=2)
         assert trio.current_time() - begin == pytest.approx(2, abs=2 * limits.TICK_SECONDS)
+        assert deadlines == [pytest.approx(begin + 2, abs=0.01) if told else math.inf]
         reply = await pair.ab.request("echo", {"n": 1}, patience=2)
         assert reply.head["head"]["n"] == 1
         await wait_all_tasks_blocked()
