@@ -45,6 +45,19 @@ class Terms:
 
 
 @dataclass(frozen=True, slots=True)
+class Step:
+    """A step to be asked for: `inputs` (B, T, C) in the wire's dtype. `pad`: the left padding of each row, if there is
+    any; `following`: the same step of the hops that the output is to be pushed through.
+    """
+
+    send: Send
+    inputs: Tensor
+    pad: tuple[int, ...] | None
+    following: Sequence[Send]
+    on_progress: OnProgress
+
+
+@dataclass(frozen=True, slots=True)
 class Asked:
     """A request that has left."""
 
@@ -69,6 +82,7 @@ class Calls:
         self._node = node
         self._terms = terms
         self._given = given or Given()
+        # The tensor that came or was given last, and how it travels.
         self._encoded: tuple[Tensor, Descriptor, Sequence[memoryview]] | None = None
         self._heads: dict[bytes, tuple[object, Template]] = {}  # by session id: of its last step, and what it was like
 
@@ -111,47 +125,32 @@ class Calls:
             self._encoded = (values, self._terms.descriptor(values.shape[1]), body)
         return values
 
-    def begin_step(
-        self,
-        send: Send,
-        inputs: Tensor,
-        pad: Sequence[int] | None,
-        following: Sequence[Send] = (),
-        on_progress: OnProgress | None = None,
-    ) -> Asked | None:
+    def begin_step(self, step: Step) -> Asked | None:
         """Ask for one step, over the connection that is there; `step` must follow. None where that cannot be.
 
         Raises what `PeerConnection.begin` raises.
         """
-        connection, deadline = self._node.endpoint.connected(send.hop.peer), trio.current_effective_deadline()
+        connection = self._node.endpoint.connected(step.send.hop.peer)
+        deadline = trio.current_effective_deadline()
         if connection is None or deadline == -math.inf:  # cancelled
             return None
-        head, body, options = self._step_request(send, inputs, pad, following, on_progress)
+        head, body, options = self._step_request(step)
         return Asked(connection, connection.begin("step", head, body, deadline, **options))
 
-    async def step(
-        self,
-        send: Send,
-        inputs: Tensor,
-        pad: Sequence[int] | None,
-        following: Sequence[Send] = (),
-        on_progress: OnProgress | None = None,
-        asked: Asked | None = None,
-    ) -> Outcome:
-        """Run one step, which may have been `asked` for already. `following`: the same step of the hops that the output
-        is to be pushed through.
+    async def step(self, step: Step, asked: Asked | None = None) -> Outcome:
+        """Run one step, which may have been `asked` for already.
 
         Raises ReplyLate too: after PIECE_SECONDS, and where `on_progress` does.
         """
         reply = await self._finished(asked) if asked is not None else None
         if reply is None:
-            head, body, options = self._step_request(send, inputs, pad, following, on_progress)
+            peer = step.send.hop.peer
+            head, body, options = self._step_request(step)
             if asked is None:
-                reply = await self._request(send.hop, "step", head, body, **options)
+                reply = await ask(self._node, peer, "step", head, body, **options)
             else:
-                connection = await _connect(self._node, send.hop.peer)
-                reply = await connection.request("step", head, body, **options)
-        return self._outcome(send, self._terms.descriptor(inputs.shape[1]), reply)
+                reply = await (await _connect(self._node, peer)).request("step", head, body, **options)
+        return self._outcome(step.send, self._terms.descriptor(step.inputs.shape[1]), reply)
 
     async def _finished(self, asked: Asked) -> Reply | None:
         """The reply; None where the connection broke, so that it is worth asking once more, as in `ask`."""
@@ -163,15 +162,9 @@ class Calls:
             log.debug("peer %s..: %s; trying a new connection", asked.connection.peer.short, error)
             return None
 
-    def _step_request(
-        self,
-        send: Send,
-        inputs: Tensor,
-        pad: Sequence[int] | None,
-        following: Sequence[Send],
-        on_progress: OnProgress | None,
-    ) -> tuple[Mapping[str, Any], Sequence[memoryview], dict[str, Any]]:
+    def _step_request(self, step: Step) -> tuple[Mapping[str, Any], Sequence[memoryview], dict[str, Any]]:
         """Head, body and options. What one hop has sent goes on to the next in the bytes in which it came."""
+        inputs = step.inputs
         if self._encoded is not None and self._encoded[0] is inputs:
             _, descriptor, body = self._encoded
         else:
@@ -180,17 +173,16 @@ class Calls:
         options = {
             "priority": Priority.STEP if short else Priority.BULK,
             "max_reply": descriptor.nbytes,
-            "on_progress": on_progress,
+            "on_progress": step.on_progress,
             "patience": limits.PIECE_SECONDS,
         }
-        return self._step_head(send, pad, following, descriptor), body, options
+        return self._step_head(step, descriptor), body, options
 
-    def _step_head(
-        self, send: Send, pad: Sequence[int] | None, following: Sequence[Send], descriptor: Descriptor
-    ) -> Mapping[str, Any]:
+    def _step_head(self, step: Step, descriptor: Descriptor) -> Mapping[str, Any]:
         """The steps of a decoding differ in two numbers only."""
+        send, pad = step.send, step.pad
         sid, n, start = send.hop.sid, send.n, send.start
-        route = [(other.hop.peer, other.hop.sid, other.n - n) for other in following]
+        route = [(other.hop.peer, other.hop.sid, other.n - n) for other in step.following]
         like = (send.reorder, pad, route, descriptor)
         known = self._heads.get(sid)
         if known is not None and known[0] == like:
@@ -200,8 +192,8 @@ class Calls:
             n=n,
             pos=start,
             hypo=send.reorder,
-            pad=None if pad is None else tuple(pad),
-            next=_next(send, following),
+            pad=pad,
+            next=_next(send, step.following),
             tensors=(descriptor,),
         )
         if all(ahead == 0 for _, _, ahead in route):  # else numbers of the route differ too

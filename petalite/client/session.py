@@ -17,7 +17,7 @@ import trio
 from torch import Tensor
 
 from petalite import bridge, limits
-from petalite.client.calls import Asked, Calls, Outcome, Terms
+from petalite.client.calls import Asked, Calls, Outcome, Step, Terms
 from petalite.client.given import Given
 from petalite.client.hop import Hop, HopState
 from petalite.client.pacing import LEAST_TOKENS, piece_length
@@ -292,7 +292,7 @@ class InferenceSession:
 
     async def _perform(self, action: Action) -> None:
         if isinstance(action, Send):
-            await self._attempt(action.hop, "step", lambda: self._send(action))
+            await self._attempt(action.hop, "step", lambda: self._send(self._step_of(action)))
         elif isinstance(action, Plan):
             await self._plan(action)
         elif isinstance(action, Push):
@@ -351,22 +351,23 @@ class InferenceSession:
             length = await self._calls.extend(action.hop, action.least)  # less to spare, but enough
         self._pipeline.extended(action.hop, length)
 
-    def _begin(self, send: Send, following: Sequence[Send]) -> Asked | None:
-        """Let a step leave at once, if it can; `_send` must follow."""
+    def _step_of(self, send: Send, following: Sequence[Send] = ()) -> Step:
         look = partial(self._look, send, trio.current_time())
+        return Step(send, self._pipeline.inputs(send), self._pad, following, look)
+
+    def _begin(self, step: Step) -> Asked | None:
+        """Let a step leave at once, if it can; `_send` must follow."""
         try:
-            return self._calls.begin_step(send, self._pipeline.inputs(send), self._pad, following, look)
+            return self._calls.begin_step(step)
         except PetaliteError as error:
-            log.debug("%s: %s", send.hop, error)  # `_send` will meet it again
+            log.debug("%s: %s", step.send.hop, error)  # `_send` will meet it again
             return None
 
-    async def _send(self, send: Send, following: Sequence[Send] = (), asked: Asked | None = None) -> None:
-        started = trio.current_time()
-        inputs = self._pipeline.inputs(send)
+    async def _send(self, step: Step, asked: Asked | None = None) -> None:
+        send, started = step.send, trio.current_time()
         self._pipeline.started(send)
-        look = partial(self._look, send, started)
         try:
-            outcome = await self._calls.step(send, inputs, self._pad, following, look, asked)
+            outcome = await self._calls.step(step, asked)
         except ReplyLate:
             now = trio.current_time()
             self._judge.avoid(send.hop.peer, SLOW_AVOID_SECONDS, now)
@@ -467,15 +468,16 @@ class InferenceSession:
         A hop that does not get it in time, and those behind it, are served by ourselves afterwards: the same step
         sent twice is done once.
         """
-        asked = self._begin(action.sends[0], action.sends[1:])  # first of all: nobody waits for the rest
+        step = self._step_of(action.sends[0], action.sends[1:])
+        asked = self._begin(step)  # first of all: nobody waits for the rest
         parts = parts_of(action.sends)
         told = {(part.send.hop.peer, part.send.hop.sid, part.send.n): part.note_unpushed for part in parts}
         self._node.unpushed.update(told)
         try:
             async with open_flat_nursery() as nursery:
                 for i in range(1, len(parts)):
-                    nursery.start_soon(self._push_part, parts, i)
-                await self._push_part(parts, 0, asked)
+                    nursery.start_soon(self._push_part, parts, i, partial(self._await_pushed, parts[i - 1], parts[i]))
+                await self._push_part(parts, 0, partial(self._send, step, asked))
         finally:
             for key in told:
                 del self._node.unpushed[key]
@@ -485,15 +487,12 @@ class InferenceSession:
         if self._lost_at is None and not any(part.gone or part.send.hop.state is HopState.GONE for part in parts):
             self._trust.pushed(all(part.done for part in parts), trio.current_time())
 
-    async def _push_part(self, parts: Sequence[Part], i: int, asked: Asked | None = None) -> None:
+    async def _push_part(self, parts: Sequence[Part], i: int, call: Callable[[], Awaitable[None]]) -> None:
         part, hop, started = parts[i], parts[i].send.hop, trio.current_time()
         with part.scope:
-            if i == 0:
-                following = [later.send for later in parts[1:]]
-                await self._attempt(hop, "step", lambda: self._send(part.send, following, asked))
+            await self._attempt(hop, "await" if i else "step", call)
+            if not i:
                 part.done = hop.state is HopState.OPEN and hop.position == part.send.end
-            else:
-                await self._attempt(hop, "await", lambda: self._await_pushed(parts[i - 1], part))
         part.settled.set()
         if not part.done:
             for later in parts[i + 1 :]:
