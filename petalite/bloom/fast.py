@@ -3,116 +3,41 @@
 `accelerate` wraps a span where it can, and says why where it cannot. Graphs need fixed shapes, so there is one for each
 of a few batch sizes; rows of different sessions and lengths share one, since where each row stands is data. Where
 `onepass` has a kernel for the span, a graph is that kernel; else it is eight for each block. Longer steps go block by
-block, with attention that keeps no scores. `FastEnds` is the client's half: a greedy choice as one
-graph, so that neither logits nor tokens wait for the host.
-
-Hidden states of graphs come from and go to pinned memory of the host; a graph is one call, which nobody waits for
-(`begin_batch`).
+block, with attention that keeps no scores. `fast_ends` is the client's half.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from ctypes import c_char, c_float, c_int64
-from dataclasses import dataclass
+from ctypes import c_float, c_int64
 from math import isfinite
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from petalite.bloom.blocks import Block, Embeddings, Head
+from petalite.bloom.blocks import Block
 from petalite.bloom.cache import CacheFull, CachePool
+from petalite.bloom.graphs import BATCHES, Graph, Replay, bytes_of, capture, kernels_for
 from petalite.bloom.onepass import MAX_ROWS, OnePass, why_not
 from petalite.bloom.quantize import Int8Linear
 from petalite.bloom.span import Finished, Part, RawRows, Span, Underway, add_prompts, find_prompts
 
 log = logging.getLogger("petalite.bloom")
 
-BATCHES = (1, 2, 4, 8, 16)
-_WARM_UP_RUNS = 3
 _MOST_INT8_TOKENS = 512
 # Tokens that a new kernel is tried behind, and how far its result may be off: half precision rounds by about 0.02.
 _PROOF_TOKENS = 100
 _MOST_OFF = 0.1
 # Of prefills at the start, so that no client waits while their kernels are compiled.
 _WARM_UP_TOKENS = (64, 256)
-R = TypeVar("R")
-
-
-@dataclass(slots=True)
-class _Graph:
-    """One captured pass: fill `given`, replay, read `taken` once `over` has come. Both are pinned.
-
-    Between two steps the caches forget how to do what torch does for convenience: as little of that as possible.
-    """
-
-    given: tuple[Tensor, ...]
-    taken: tuple[Tensor, ...]
-    graph: Any
-    over: Any
-    stream: Any
-    kept: Any  # what the graph reads and writes beside them, which would be given to others
-    running: bool = False
-
-    def fill(self, inputs: Sequence[Tensor]) -> None:
-        """The first of `given` with `inputs`, one after the other."""
-        self.wait()  # what was given before is read
-        into, at = self.given[0], 0
-        for tensor in inputs:
-            rows = tensor.shape[0]
-            (into if rows == into.shape[0] else into.narrow(0, at, rows)).copy_(tensor)
-            at += rows
-
-    def fill_raw(self, inputs: Sequence[bytearray]) -> None:
-        """The same from bytes."""
-        self.wait()
-        into, at = _bytes_of(self.given[0]), 0
-        for data in inputs:
-            into[at : at + len(data)] = data
-            at += len(data)
-
-    def replay(self) -> None:
-        self.graph.replay()
-        self.over.record(self.stream)
-        self.running = True
-
-    def done(self) -> bool:
-        if self.running and self.over.query():
-            self.running = False
-        return not self.running
-
-    def wait(self) -> None:
-        if self.running:
-            self.over.synchronize()
-            self.running = False
-
-
-@dataclass(slots=True)
-class _Replay(Generic[R]):
-    """A graph that was replayed; `take` copies what it has left in `taken`, which the next replay overwrites."""
-
-    graph: _Graph
-    take: Callable[[_Graph], R]
-
-    def done(self) -> bool:
-        return self.graph.done()
-
-    def result(self) -> R:
-        self.graph.wait()
-        return self.take(self.graph)
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a tensor on the host."""
-    return memoryview((c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
 def accelerate(span: Span, pool: CachePool, progress: Callable[[int, int], None] | None = None) -> tuple[Span, str]:
     """`span` or a faster one with the same results, and "" or why it is not faster. Blocking; `progress` by graphs."""
-    kernels, reason = _kernels(span.device, span.dtype)
+    kernels, reason = kernels_for(span.device, span.dtype)
     if reason:
         return span, reason
     fast = FastSpan(span, pool, kernels)
@@ -123,61 +48,14 @@ def accelerate(span: Span, pool: CachePool, progress: Callable[[int, int], None]
     return fast, ""
 
 
-def accelerate_ends(embeddings: Embeddings, head: Head) -> tuple[FastEnds | None, str]:
-    """Embeddings and head as graphs, or None and why not. Blocking."""
-    weight = head.ln_f.weight
-    kernels, reason = _kernels(weight.device, weight.dtype)
-    if reason:
-        return None, reason
-    try:
-        return FastEnds(embeddings, head, kernels), ""
-    except RuntimeError as error:
-        return None, f"graphs cannot be captured: {str(error).splitlines()[0]}"
-
-
-def _kernels(device: torch.device, dtype: torch.dtype) -> tuple[Any, str]:
-    """The module of kernels, and "" or why it is of no use here."""
-    if device.type != "cuda":
-        return None, "not on a CUDA device"
-    if dtype == torch.float32:
-        return None, "float32 goes the plain way"
-    try:
-        from petalite.bloom import kernels
-    except ImportError as error:
-        return None, f"Triton is missing: {error}"
-    return kernels, ""
-
-
-def _capture(
-    device: torch.device, given: Sequence[Tensor], run: Callable[[Sequence[Tensor]], Sequence[Tensor]]
-) -> _Graph:
-    """Capture `run`, from copies of the pinned `given` on the device to results there. Raises RuntimeError."""
-    inputs = [tensor.to(device) for tensor in given]
-    aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    aside.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(aside):
-        for _ in range(_WARM_UP_RUNS):
-            results = run(inputs)
-    torch.cuda.synchronize(device)
-    taken = tuple(torch.empty(result.shape, dtype=result.dtype, pin_memory=True) for result in results)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        for tensor, source in zip(inputs, given, strict=True):
-            tensor.copy_(source, non_blocking=True)
-        for into, result in zip(taken, run(inputs), strict=True):
-            into.copy_(result, non_blocking=True)
-    over = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    return _Graph(tuple(given), taken, graph, over, torch.cuda.current_stream(device), (inputs, run))
-
-
 def _with_sums(hidden: Tensor) -> tuple[Tensor, Tensor]:
     """hidden (B, C) and the sum of each row: what is not finite is in no finite sum."""
     return hidden, hidden.sum(dim=1, dtype=torch.float32)
 
 
-def _raw_rows(graph: _Graph, sizes: Sequence[int]) -> list[RawRows]:
+def _raw_rows(graph: Graph, sizes: Sequence[int]) -> list[RawRows]:
     hidden, sums = graph.taken
-    data = _bytes_of(hidden)
+    data = bytes_of(hidden)
     row_bytes = len(data) // hidden.shape[0]
     finite = [isfinite(total) for total in (c_float * hidden.shape[0]).from_address(sums.data_ptr())]
     rows, at = [], 0
@@ -198,7 +76,7 @@ class FastSpan(Span):
         self._dtype = span.dtype  # asked for in every step, and far to look for in modules
         self._kernels = kernels
         self._cuda_slopes = self._slopes.to(device=span.device, dtype=torch.float32)
-        self._graphs: dict[int, _Graph] = {}
+        self._graphs: dict[int, Graph] = {}
         self._several = why_not(self)  # why there is no kernel for all blocks
         self._spare = 0  # a slot that nobody reads, for the unused rows of a graph
 
@@ -221,17 +99,17 @@ class FastSpan(Span):
             self._warm_up_long()
         progress(len(BATCHES), len(BATCHES))
 
-    def _captured(self, given: Sequence[Tensor], batch: int) -> _Graph:
+    def _captured(self, given: Sequence[Tensor], batch: int) -> Graph:
         """A decode step of `batch` rows: one kernel where there is one for this model and chip, else some a block."""
         if batch <= MAX_ROWS and not self._several:
             try:
                 run = OnePass(self, self._pool, batch)
                 self._prove(run, batch)
-                return _capture(self.device, given, lambda given: _with_sums(run(*given)))
+                return capture(self.device, given, lambda given: _with_sums(run(*given)))
             except (RuntimeError, CacheFull) as error:
                 self._several = str(error)
                 log.warning("decode steps take several kernels a block: %s", error)
-        return _capture(self.device, given, lambda given: _with_sums(self._decode(*given)))
+        return capture(self.device, given, lambda given: _with_sums(self._decode(*given)))
 
     def _prove(self, run: Callable[[Tensor, Tensor], Tensor], batch: int) -> None:
         """Raises RuntimeError where `run` does not do what the plain blocks do: nobody has tried it on every chip."""
@@ -276,7 +154,7 @@ class FastSpan(Span):
         graph.fill(inputs)
         self._place(graph.given[1], parts)
         graph.replay()
-        return _Replay(graph, lambda graph: graph.taken[0].narrow(0, 0, batch).clone())
+        return Replay(graph, lambda graph: graph.taken[0].narrow(0, 0, batch).clone())
 
     def begin_raw(self, inputs: Sequence[bytearray], parts: Sequence[Part]) -> Underway[list[RawRows]] | None:
         """As `Span.begin_raw`; None where no graph is for so many rows, or a part is no decode step."""
@@ -287,7 +165,7 @@ class FastSpan(Span):
         graph.fill_raw(inputs)
         self._place(graph.given[1], parts)
         graph.replay()
-        return _Replay(graph, lambda graph: _raw_rows(graph, sizes))
+        return Replay(graph, lambda graph: _raw_rows(graph, sizes))
 
     def _is_decoding(self, part: Part) -> bool:
         return part.tokens == 1 and not part.prompted and part.rows.pool is self._pool
@@ -405,69 +283,3 @@ class FastSpan(Span):
         else:
             y = layer(x)
         return y
-
-
-class Ends(Protocol):
-    """Embeddings and head on a device that works while others do."""
-
-    def begin(self, hidden: Tensor) -> Underway[tuple[list[int], Tensor]] | None:
-        """hidden (B, C) of one position each, on the host -> the B likeliest tokens, their embeddings (B, 1, C) on the
-        host; None for too many rows. One call at a time: its result is taken before the next one begins.
-        """
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden (N, C) -> (N, vocabulary) in float32, on the device."""
-
-
-class FastEnds:
-    """`Ends` on CUDA, a greedy choice as one graph. Logits are float32: in half precision many would be equal."""
-
-    def __init__(self, embeddings: Embeddings, head: Head, kernels: Any) -> None:
-        self._weight = weight = head.lm_head.weight
-        self._device = weight.device
-        self._norm = head.ln_f
-        self._kernels = kernels
-
-        def choose(given: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-            tokens = self._logits(given[0]).argmax(dim=-1)
-            embedded = F.embedding(tokens, embeddings.word_embeddings.weight)
-            return tokens, kernels.layer_norm(embedded, embeddings.word_embeddings_layernorm)
-
-        with torch.inference_mode(), torch.cuda.device(self._device):
-            self._graphs = {
-                batch: _capture(
-                    self._device,
-                    (torch.zeros((batch, weight.shape[1]), dtype=weight.dtype, pin_memory=True),),
-                    choose,
-                )
-                for batch in BATCHES
-            }
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """As `Ends.logits`: the very numbers that `begin` chooses by."""
-        with torch.inference_mode(), torch.cuda.device(self._device):
-            rows = hidden.to(device=self._device, dtype=self._weight.dtype)
-            return torch.cat([self._logits(part) for part in torch.split(rows, BATCHES[-1])])
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        normed = self._kernels.layer_norm(hidden, self._norm)
-        logits: Tensor = self._kernels.linear(normed, self._weight, dtype=torch.float32)
-        return logits
-
-    def begin(self, hidden: Tensor) -> Underway[tuple[list[int], Tensor]] | None:
-        """As `Ends.begin`."""
-        batch = hidden.shape[0]
-        graph = next((self._graphs[size] for size in BATCHES if size >= batch), None)
-        if graph is None:
-            return None
-        with torch.inference_mode():
-            graph.fill((hidden,))
-            graph.replay()
-
-        def take(graph: _Graph) -> tuple[list[int], Tensor]:
-            tokens, embedded = graph.taken
-            if len(tokens) > batch:
-                tokens, embedded = tokens[:batch], embedded[:batch]
-            return tokens.tolist(), embedded.unsqueeze(1).clone()
-
-        return _Replay(graph, take)

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from petalite.bloom.blocks import Embeddings, Head
 from petalite.bloom.config import BloomConfig
-from petalite.bloom.fast import Ends, accelerate_ends
+from petalite.bloom.fast_ends import Ends, accelerate_ends
 from petalite.bloom.loading import load_embeddings, load_head
 from petalite.bloom.manifest import Manifest, load_or_make
 from petalite.bloom.packed import quicken

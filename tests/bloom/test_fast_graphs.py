@@ -10,7 +10,8 @@ from torch import Tensor
 
 from petalite.bloom.cache import CachePool, Rows
 from petalite.bloom.config import BloomConfig
-from petalite.bloom.fast import BATCHES, FastSpan, _Graph, _with_sums
+from petalite.bloom.fast import FastSpan, _with_sums
+from petalite.bloom.graphs import BATCHES, Graph
 from petalite.bloom.span import Part, Span
 from petalite.bloom.synthetic import random_span
 
@@ -67,7 +68,7 @@ def fast() -> tuple[FastSpan, CachePool]:
     for batch in BATCHES:
         given = (torch.zeros(batch, 64, dtype=torch.bfloat16), torch.zeros(4, batch, dtype=torch.int64))
         taken = (torch.zeros(batch, 64, dtype=torch.bfloat16), torch.zeros(batch))
-        span._graphs[batch] = _Graph(given, taken, _Replayed(span, pool, given, taken), _Over(), None, None)
+        span._graphs[batch] = Graph(given, taken, _Replayed(span, pool, given, taken), _Over(), None, None)
     return span, pool
 
 

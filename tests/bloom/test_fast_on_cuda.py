@@ -12,7 +12,9 @@ import torch
 from petalite.bloom.blocks import Embeddings, Head
 from petalite.bloom.cache import CachePool
 from petalite.bloom.config import BloomConfig
-from petalite.bloom.fast import BATCHES, FastSpan, accelerate, accelerate_ends
+from petalite.bloom.fast import FastSpan, accelerate
+from petalite.bloom.fast_ends import accelerate_ends
+from petalite.bloom.graphs import BATCHES
 from petalite.bloom.onepass import why_not
 from petalite.bloom.span import Part, Span
 from petalite.bloom.synthetic import random_span

@@ -23,7 +23,8 @@ import trio
 from petalite.bloom.blocks import Embeddings, Head
 from petalite.bloom.cache import CachePool
 from petalite.bloom.config import BloomConfig
-from petalite.bloom.fast import accelerate, accelerate_ends
+from petalite.bloom.fast import accelerate
+from petalite.bloom.fast_ends import accelerate_ends
 from petalite.bloom.manifest import Manifest
 from petalite.bloom.span import Part, Span
 from petalite.bloom.synthetic import random_span
