@@ -174,8 +174,8 @@ class Executor:
         await self._see_through(device, here)
 
     async def _see_through(self, device: DeviceBatch, here: Here) -> None:
-        """The loop's thread hands a batch to the device, and looks until it is through, others first: what the
-        device's own wait does in a thread of its own, without a thread to wake.
+        """The loop's thread looks until the device is through, others first: a thread that waited would have to
+        wake it.
         """
         while not device.done():
             await trio.lowlevel.checkpoint()

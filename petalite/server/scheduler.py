@@ -157,12 +157,12 @@ class Scheduler:
         """`job`, which is not queued, as a batch of its own: if it is brief, nothing else waits, and nobody is expected
         with another while it runs. Else None, and it is to be added.
         """
-        if not self.brief or not job.short or self._short or self._long or self._training or self._begun:
+        if not self.brief or not job.short or len(self):
             return None
         self._see_off(now)
         if job.session is not None:
             self._gathering.came(job.session, job.came_at)
-        if self._passing is not None or self._gathering.expects_by(now + self.short_seconds):
+        if self._gathering.expects_by(now + self.short_seconds):
             return None
         self._load[job.owner] += job.size
         self._busy_at = self._short_at = now
