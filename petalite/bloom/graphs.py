@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import gc
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from ctypes import c_char
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -13,6 +16,7 @@ from torch import Tensor
 BATCHES = (1, 2, 4, 8, 16)
 """Rows of the graphs that there are: shapes are fixed, so fewer rows take the next larger one."""
 _WARM_UP_RUNS = 3
+_ONE_AT_A_TIME = threading.Lock()
 R = TypeVar("R")
 
 
@@ -97,10 +101,35 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return memoryview((c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """A block during which the garbage collector does not run, one such block at a time in the process.
+
+    It would destroy whatever has become garbage, and CUDA permits neither a graph nor its memory to be destroyed while
+    a stream is captured: the process is aborted. So what is garbage already goes before.
+    """
+    with _ONE_AT_A_TIME:
+        enabled = gc.isenabled()
+        gc.collect()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if enabled:
+                gc.enable()
+
+
 def capture(
     device: torch.device, given: Sequence[Tensor], run: Callable[[Sequence[Tensor]], Sequence[Tensor]]
 ) -> Graph:
     """Capture `run`, from copies of the pinned `given` on the device to results there. Raises RuntimeError."""
+    with uncollected():
+        return _capture(device, given, run)
+
+
+def _capture(
+    device: torch.device, given: Sequence[Tensor], run: Callable[[Sequence[Tensor]], Sequence[Tensor]]
+) -> Graph:
     inputs = [tensor.to(device) for tensor in given]
     aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     aside.wait_stream(torch.cuda.current_stream(device))
@@ -108,7 +137,7 @@ def capture(
         for _ in range(_WARM_UP_RUNS):
             results = run(inputs)
     torch.cuda.synchronize(device)
-    taken = tuple(torch.empty(result.shape, dtype=result.dtype, pin_memory=True) for result in results)
+    taken = tuple(_pinned_like(result) for result in results)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         for tensor, source in zip(inputs, given, strict=True):
@@ -117,3 +146,7 @@ def capture(
             into.copy_(result, non_blocking=True)
     over = torch.cuda.Event()  # type: ignore[no-untyped-call]
     return Graph(tuple(given), taken, graph, over, torch.cuda.current_stream(device), (inputs, run))
+
+
+def _pinned_like(result: Tensor) -> Tensor:
+    return torch.empty(result.shape, dtype=result.dtype, pin_memory=True)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from petalite.bloom import graphs
 from petalite.bloom.cache import CachePool, Rows
 from petalite.bloom.config import BloomConfig
 from petalite.bloom.fast import FastSpan, _with_sums
-from petalite.bloom.graphs import BATCHES, Graph
+from petalite.bloom.graphs import BATCHES, Graph, capture
 from petalite.bloom.span import Part, Span
 from petalite.bloom.synthetic import random_span
 
@@ -140,3 +145,85 @@ def test_what_is_no_decode_step_is_not_begun(fast: tuple[FastSpan, CachePool]) -
     assert span.begin_raw([body], [Part(_pool().reserve(1, 20), 1, 3)]) is None
     assert span.begin_raw([body] * 2, [Part(pool.reserve(2, 20), 2, 3)]) is None
     assert span.begin_raw([body] * 17, _parts(pool, (9, 8))) is None
+
+
+class _Device:
+    """Stands for `torch.cuda`, and knows whether a stream is captured, during which no graph may be destroyed."""
+
+    def __init__(self) -> None:
+        self.capturing = False
+        self.destroyed_while_capturing: list[bool] = []
+        stream = SimpleNamespace(wait_stream=lambda other: None)
+        self.cuda = SimpleNamespace(
+            Stream=lambda device: stream,
+            Event=_Over,
+            CUDAGraph=object,
+            current_stream=lambda device: stream,
+            stream=lambda aside: nullcontext(),
+            synchronize=lambda device: None,
+            graph=self.graph,
+        )
+
+    @contextmanager
+    def graph(self, graph: object, capture_error_mode: str) -> Iterator[None]:
+        self.capturing = True
+        try:
+            yield
+        finally:
+            self.capturing = False
+
+
+class _Span:
+    """Of the way a span is that nobody uses any more: in a cycle, with graphs that go with it."""
+
+    def __init__(self, device: _Device) -> None:
+        self.device, self.itself = device, self
+
+    def __del__(self) -> None:
+        self.device.destroyed_while_capturing.append(self.device.capturing)
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> _Device:
+    made = _Device()
+    monkeypatch.setattr(graphs, "torch", made)
+    monkeypatch.setattr(graphs, "_pinned_like", torch.empty_like)
+    return made
+
+
+def _capture(run: Callable[[Sequence[Tensor]], Sequence[Tensor]]) -> Graph:
+    return capture(torch.device("cpu"), (torch.zeros(1),), run)
+
+
+def test_nothing_is_destroyed_by_the_garbage_collector_while_a_stream_is_captured(device: _Device) -> None:
+    _Span(device)
+
+    def run(given: Sequence[Tensor]) -> tuple[Tensor]:
+        assert not gc.isenabled()
+        _Span(device)
+        kept: list[Any] = [[] for _ in range(50_000)]  # enough for the collector to have a look
+        return (given[0] + len(kept),)
+
+    graph = _capture(run)
+    assert graph.taken[0] == 50_000
+    assert device.destroyed_while_capturing == [False]  # the one from before
+    gc.collect()
+    assert len(device.destroyed_while_capturing) == 5
+    assert not any(device.destroyed_while_capturing)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("fails", [True, False])
+def test_the_garbage_collector_is_as_it_was_after_a_capture(device: _Device, enabled: bool, fails: bool) -> None:
+    def run(given: Sequence[Tensor]) -> Sequence[Tensor]:
+        if fails and device.capturing:
+            raise RuntimeError("not permitted while a stream is captured")
+        return given
+
+    try:
+        (gc.enable if enabled else gc.disable)()
+        with pytest.raises(RuntimeError, match="not permitted") if fails else nullcontext():
+            _capture(run)
+        assert gc.isenabled() == enabled
+    finally:
+        gc.enable()
