@@ -18,7 +18,7 @@ from petalite.lan.announcement import Announcement
 from petalite.wire import certificate, frames, packing, tensors
 from petalite.wire.heads import RepeatedHead, encode_head
 from petalite.wire.hello import Hello
-from petalite.wire.messages import METHODS
+from petalite.wire.messages import METHODS, Step
 from petalite.wire.training import TRAINING_METHODS
 
 Target = Callable[[bytes], None]
@@ -111,6 +111,8 @@ def fuzz_messages(data: bytes) -> None:
         made = kind.from_wire(head)
     except (RemoteProtocolError, RequestError):
         return
+    if isinstance(made, Step):
+        check(1 <= made.answered <= made.tensors[0].shape[1], "an answer of no tokens, or of more than were sent")
     again = packing.decode(packing.encode(made.to_wire()))
     check(kind.from_wire(again) == made, "another message after a round trip")
     repeated = RepeatedHead(made.template("n", "pos"), **{name: again[name] for name in ("n", "pos") if name in again})

@@ -156,6 +156,7 @@ def _examples() -> dict[str, list[dict[str, Any]]]:
         "pos": 17,
         "hypo": [0],
         "pad": [1],
+        "last": 1,
         "next": [{"peer": _PEER, "sid": _SID}],
         "t": hidden,
     }
@@ -194,6 +195,8 @@ def _messages() -> Iterator[bytes]:
     for number, name in enumerate(methods):
         for side, head in enumerate(known.get(name, [{}, {}])):
             yield bytes([2 * number + side]) + packing.encode(head)
+    too_much = packing.encode(known["step"][0] | {"last": 9})
+    yield from (bytes([2 * list(methods).index(name)]) + too_much for name in ("step", "push"))
     yield from (bytes([kind % len(methods) * 2]) + data for kind, data in enumerate(vector_bytes("messages")))
 
 

@@ -306,12 +306,13 @@ class BlockingSession:
         """Tokens cached so far."""
         return self.remote.position
 
-    def step(self, hidden: Tensor) -> Tensor:
-        """Hidden states (B, T, C) behind what is cached -> (B, T, C), survived losses of servers included.
+    def step(self, hidden: Tensor, *, last: int | None = None) -> Tensor:
+        """Hidden states (B, T, C) behind what is cached -> (B, T, C), survived losses of servers included; of the
+        `last` tokens only where that is given.
 
         Raises SessionError when the swarm does not answer in time.
         """
-        return self._portal.call(lambda: step_in_time(self.remote, hidden))
+        return self._portal.call(lambda: step_in_time(self.remote, hidden, last=last))
 
     def truncate(self, position: int) -> None:
         """Forget the tokens at and behind `position`."""

@@ -74,16 +74,20 @@ async def prefill(
 
     Raises SessionError after STEP_SECONDS without any progress of the whole.
     """
-    output = await step_in_time(session, await model.embed(rows, front, pad), progress)
+    output = await step_in_time(session, await model.embed(rows, front, pad), progress, last=1)
     return await model.run(lambda: model.logits_here(output[:, -1]))
 
 
 async def step_in_time(
-    session: InferenceSession, hidden: Tensor, progress: Callable[[int], None] | None = None
+    session: InferenceSession,
+    hidden: Tensor,
+    progress: Callable[[int], None] | None = None,
+    *,
+    last: int | None = None,
 ) -> Tensor:
     """`session.step`; raises SessionError after STEP_SECONDS, or more for a long prefill, without an answer."""
     with trio.move_on_after(STEP_SECONDS * max(1, hidden.shape[1] // limits.PREFILL_TOKENS)):
-        return await session.step(hidden, progress)
+        return await session.step(hidden, progress, last=last)
     raise _too_slow(session)
 
 

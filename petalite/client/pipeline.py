@@ -51,13 +51,22 @@ class Extend:
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Run the kept inputs `start`..`end` as step `n` of the hop's session."""
+    """Run the kept inputs `start`..`end` as step `n` of the hop's session.
+
+    `last`: how many of its last tokens are wanted of the output, if not all.
+    """
 
     hop: Hop
     n: int
     start: int
     end: int
     reorder: tuple[int, ...] | None
+    last: int | None = None
+
+    @property
+    def answered(self) -> int:
+        """Tokens of each row that the output must have at least."""
+        return self.end - self.start if self.last is None else self.last
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,16 +89,20 @@ Action = Plan | Open | Check | Extend | Send | Push | Intervene
 
 @dataclass(slots=True)
 class _Output:
-    """What has come out of a block in this step, up to position `end`."""
+    """What has come out of a block in this step, up to position `end`; kept is what is `wanted`: from there on."""
 
     end: int = 0
+    wanted: int = 0
     pieces: list[Tensor] = field(default_factory=list)
 
-    def add(self, start: int, output: Tensor) -> None:
-        """Take what is new of `output` (B, T, C), which begins at position `start`."""
-        if start + output.shape[1] > self.end >= start:
-            self.pieces.append(output[:, self.end - start :] if start < self.end else output)
-            self.end = start + output.shape[1]
+    def add(self, start: int, end: int, output: Tensor) -> None:
+        """Take what is new, and wanted, of `output` (B, T, C): that of the last T of the tokens `start`..`end`."""
+        if not start <= self.end < end:
+            return
+        new = end - max(self.end, self.wanted)
+        if new > 0:
+            self.pieces.append(output[:, -new:] if new < output.shape[1] else output)
+        self.end = end
 
     def whole(self) -> Tensor:
         return self.pieces[0] if len(self.pieces) == 1 else torch.cat(self.pieces, dim=1)
@@ -134,8 +147,11 @@ class Pipeline:
 
     # What the caller of the session does
 
-    def feed(self, hidden: Tensor) -> None:
-        """Begin a step: `hidden` (B, T, C), which must not change any more, enters block 0 at the current position."""
+    def feed(self, hidden: Tensor, last: int | None = None) -> None:
+        """Begin a step: `hidden` (B, T, C), which must not change any more, enters block 0 at the current position.
+
+        `last`: how many of its last tokens, 1..T, are wanted of the output, if not all.
+        """
         if not self.complete:
             raise LocalProtocolError("a step is running: one at a time")
         if hidden.dim() != 3 or hidden.shape[0] != self.batch or hidden.shape[1] < 1:
@@ -143,10 +159,10 @@ class Pipeline:
         self._histories[0].truncate(self.position)
         self._histories[0].write(self.position, hidden)
         self.target = self.position + hidden.shape[1]
-        self._begin_output()
+        self._begin_output(last)
 
-    def _begin_output(self) -> None:
-        self._output = _Output(self.position)
+    def _begin_output(self, last: int | None = None) -> None:
+        self._output = _Output(self.position, self.position if last is None else self.target - last)
         self._reached = {cut: _Output(self.position) for cut in self._cuts}
 
     @property
@@ -166,7 +182,7 @@ class Pipeline:
 
     @property
     def output(self) -> Tensor:
-        """(B, T, C), what the last block gave for the step's tokens, once it is complete."""
+        """(B, T, C), what the last block gave for the step's tokens that are wanted, once it is complete."""
         return self._output.whole()
 
     def finish(self) -> None:
@@ -266,7 +282,14 @@ class Pipeline:
             return Check(hop)
         if end > hop.max_len:
             return Extend(hop, self._room_for(self.target), self.target)
-        return Send(hop, hop.n, start, min(end, start + self.piece), hop.reorder)
+        return self._step_of(hop, start, min(end, start + self.piece))
+
+    def _step_of(self, hop: Hop, start: int, end: int) -> Send:
+        """What comes out of the last block is input of nothing, so no more of it is asked for than is wanted."""
+        last = None
+        if hop.blocks.end == self.layers and self._output.wanted > start:
+            last = max(1, end - self._output.wanted)
+        return Send(hop, hop.n, start, end, hop.reorder, last if last != end - start else None)
 
     def _again(self, hop: Hop, end: int) -> Action | None:
         """Where a hop has done tokens whose output we do not have (it went with a boundary that nobody needed for a
@@ -282,7 +305,7 @@ class Pipeline:
             return None
         if hop.state is HopState.UNSURE:
             return Check(hop)
-        return Send(hop, hop.n, known, min(end, known + self.piece), hop.reorder)
+        return self._step_of(hop, known, min(end, known + self.piece))
 
     def _known(self, border: int) -> int:
         return self._histories[border].length if border in self._histories else 0
@@ -309,7 +332,7 @@ class Pipeline:
                 or any(hop.peer == other.hop.peer for other in row)
             ):
                 break
-            row.append(Send(hop, hop.n, send.start, send.end, hop.reorder))
+            row.append(self._step_of(hop, send.start, send.end))
         return tuple(row)
 
     def _history(self, hop: Hop) -> History:
@@ -360,7 +383,7 @@ class Pipeline:
         self._under_way[action.hop] = action
 
     def replied(self, action: Send, output: Tensor) -> None:
-        """`output` (B, T, C) of the hop's last block for the tokens that were sent."""
+        """`output` (B, T, C) of the hop's last block for the tokens that were sent, or the last T of them."""
         hop = action.hop
         hop.happened(HopEvent.REPLIED)
         self._under_way.pop(hop, None)
@@ -370,9 +393,9 @@ class Pipeline:
         hop.haunted = False
         self.replayed_tokens += max(0, min(action.end, self.position) - action.start)
         if hop.blocks.end == self.layers:
-            self._output.add(action.start, output)
+            self._output.add(action.start, action.end, output)
         elif hop.blocks.end in self._reached:
-            self._reached[hop.blocks.end].add(action.start, output)
+            self._reached[hop.blocks.end].add(action.start, action.end, output)
         else:
             history = self._history_at(hop.blocks.end)
             if action.start <= history.length:  # else the tokens between are asked for first, see `_again`

@@ -164,8 +164,11 @@ class InferenceSession:
         """Why the current step is not through: what servers failed with, the newest last; "" if none did."""
         return "; ".join(dict.fromkeys(self._judge.causes))
 
-    async def step(self, hidden: Tensor, progress: Callable[[int], None] | None = None) -> Tensor:
-        """Send `hidden` (B, T, C) through all blocks; returns (B, T, C) in the wire's dtype.
+    async def step(
+        self, hidden: Tensor, progress: Callable[[int], None] | None = None, *, last: int | None = None
+    ) -> Tensor:
+        """Send `hidden` (B, T, C) through all blocks; returns (B, T, C) in the wire's dtype, of the `last` tokens only
+        where that is given: a prefill needs no more than one, and the others do not travel then.
 
         Survives the loss of servers until the caller's deadline. Cancelled or failed, the session stays at its
         position and can be used on. `progress` hears how many tokens have come out so far.
@@ -173,10 +176,11 @@ class InferenceSession:
         Raises SessionError (no way to go on within the deadline), RequestError of our own fault, LocalProtocolError.
         """
         pipeline = self._pipeline
-        self._check_size(hidden)
+        self._check_size(hidden, last)
         values = await self._intervene(0, self._calls.own(hidden))
         self._hand_over()
-        pipeline.feed(values)
+        # Whoever intervenes behind the last block gets all.
+        pipeline.feed(values, None if self._terms.layers in self._interventions else last)
         try:
             while not pipeline.complete:
                 self._pace()
@@ -192,7 +196,7 @@ class InferenceSession:
         retired = pipeline.take_retired()
         if retired:
             await self._close_all(retired)
-        return output
+        return output if last is None else output[:, -last:]
 
     async def _intervene(self, border: int, hidden: Tensor) -> Tensor:
         """What goes on from `border` instead of `hidden` (B, T, C)."""
@@ -208,11 +212,13 @@ class InferenceSession:
             )
         return changed.detach().to(hidden, copy=True)
 
-    def _check_size(self, hidden: Tensor) -> None:
+    def _check_size(self, hidden: Tensor, last: int | None) -> None:
         if hidden.dim() != 3 or hidden.shape[2] != self._terms.hidden:
             raise LocalProtocolError(
                 f"hidden states of shape {tuple(hidden.shape)}, due is (B, T, {self._terms.hidden})"
             )
+        if last is not None and not 1 <= last <= hidden.shape[1]:
+            raise LocalProtocolError(f"the last {last} of {hidden.shape[1]} tokens are asked for")
         tokens = self.position + hidden.shape[1]
         if tokens > limits.MAX_SESSION_LENGTH:
             raise LocalProtocolError(f"a session of {tokens} tokens, the limit is {limits.MAX_SESSION_LENGTH}")

@@ -57,8 +57,8 @@ class Running:
     outcome: Answer | RequestError | None = None
 
     def matches(self, step: Step, body: bytearray) -> bool:
-        """Whether that is this step again."""
-        return _content(step) == _content(self.step) and body == self.body
+        """Whether that is this step again, and content with this one's answer."""
+        return step.answered <= self.step.answered and _content(step) == _content(self.step) and body == self.body
 
     def take_digest(self) -> None:
         """In the worker thread: what will tell a retry."""
@@ -83,6 +83,7 @@ class Session:
 
     `early` stands for the one push that may wait for the step before it. `growth`: its cache is being copied to a
     longer place, and its next step waits for that. `pushed`: the head of the last push onward, and what it was like.
+    `last_answered`: tokens of each row in the answer that is kept.
     """
 
     owner: PeerId
@@ -94,6 +95,7 @@ class Session:
     n: int = 0
     last_digest: StepDigest = ()
     last_answer: Answer | None = None
+    last_answered: int = 0
     running: Running | None = None
     early: object | None = None
     growth: Growth | None = None
@@ -176,10 +178,10 @@ _REFUSALS: dict[ErrorCode, Callable[[], RequestError]] = {
 
 
 def _content(step: Step) -> tuple[object, ...]:
-    """What makes two requests the same step, besides the body: every field but the route."""
+    """What makes two requests the same step, besides the body: every field but the route and what is wanted of it."""
     return (step.sid, step.n, step.pos, step.hypo, step.pad, step.tensors)
 
 
 def step_digest(step: Step, body: bytearray) -> StepDigest:
-    """What tells a step from any other: every field but the route, and the SHA-256 of the body."""
+    """What tells a step from any other: its content, the body by its SHA-256."""
     return (*_content(step), hashlib.sha256(body).digest())

@@ -65,6 +65,7 @@ class Steps:
             pos=message.pos,
             hypo=message.hypo,
             pad=message.pad,
+            last=message.last,
             next=message.next,
             tensors=message.tensors,
         )
@@ -170,17 +171,20 @@ class Steps:
 def _answer(session: Session, running: Running, output: torch.Tensor) -> Answer:
     """In the worker thread: the output as it goes on the wire."""
     step, opened = running.step, session.open
+    batch, tokens, hidden = step.tensors[0].shape
+    if step.answered < tokens:  # cut while it is on its device: what nobody wants is not worth the way
+        output = output.reshape(batch, tokens, hidden)[:, -step.answered :]
     try:
-        tensor, body = bridge.to_wire(output, opened.dtype, opened.codec, shape=step.tensors[0].shape)
+        shape = (batch, step.answered, hidden)
+        tensor, body = bridge.to_wire(output, opened.dtype, opened.codec, shape=shape)
     except LocalProtocolError as error:
         raise RequestError(ErrorCode.TENSOR, f"the result cannot be sent: {error}", {"retry": False}) from error
     return _answer_with(step, tensor, body)
 
 
 def _answer_with(step: messages.Step, tensor: Descriptor, body: Sequence[memoryview]) -> Answer:
-    batch, tokens, _ = step.tensors[0].shape
-    position = step.pos + tokens
-    head = RepeatedHead(_reply_template(tensor), n=step.n, pos=position)
+    batch, tokens, _ = tensor.shape
+    head = RepeatedHead(_reply_template(tensor), n=step.n, pos=step.pos + step.tensors[0].shape[1])
     return Answer(head, body, (tensor,), Priority.STEP if batch * tokens <= SHORT_TOKENS else Priority.BULK)
 
 
@@ -195,7 +199,7 @@ def _push_head(
     """The pushes of a decoding differ in two numbers only."""
     first, *rest = route
     n = step.n if first.n is None else first.n
-    like = (route, step.hypo, step.pad, tensors)
+    like = (route, step.hypo, step.pad, step.last, tensors)
     if session.pushed is not None and session.pushed[0] == like:
         return RepeatedHead(session.pushed[1], n=n, pos=step.pos)
     push = messages.Push(
@@ -205,6 +209,7 @@ def _push_head(
         pos=step.pos,
         hypo=step.hypo,
         pad=step.pad,
+        last=step.last,
         next=tuple(rest) or None,
         tensors=tensors,
     )

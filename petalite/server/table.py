@@ -221,6 +221,9 @@ class SessionTable:
             session.advance(SessionEvent.REPEAT)
             if session.last_answer is None or session.last_digest != step_digest(step, body):
                 raise RequestError(ErrorCode.CONFLICT, f"step {step.n} was done with other content, or long ago")
+            if session.last_answered < step.answered:
+                text = f"step {step.n} was asked for its last {session.last_answered} tokens, not {step.answered}"
+                raise RequestError(ErrorCode.CONFLICT, text)
             return session.last_answer
         if push is not None and running is not None and step.n == session.n + 1 and session.early in (None, push):
             session.early = push
@@ -281,6 +284,7 @@ class SessionTable:
             session.rows.commit(running.step.pos + running.step.tensors[0].shape[1])
             session.n += 1
             session.last_digest = running.digest or step_digest(running.step, running.body)
+            session.last_answered = running.step.answered
             self._keep(session, outcome)
         elif broken:
             self._drop(session, SessionEvent.BREAK)

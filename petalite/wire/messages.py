@@ -211,6 +211,7 @@ StepNumber = Annotated[int, Int()]
 Position = Annotated[int, Int(0, MAX_SESSION_LENGTH, ErrorCode.POSITION)]
 Length = Annotated[int, Int(1, MAX_SESSION_LENGTH, ErrorCode.RESOURCES)]
 Hypotheses = Annotated[tuple[int, ...] | None, Ints(1, MAX_BATCH, MAX_BATCH - 1)]
+LastTokens = Annotated[int | None, Int(1, MAX_SESSION_LENGTH)]
 Padding = Annotated[tuple[int, ...] | None, Ints(1, MAX_BATCH, MAX_SESSION_LENGTH)]
 Hidden = Annotated[tuple[Descriptor, ...], Key("t", Tensors("h", dtypes=FLOATS, dimensions=3))]
 Bytes = Annotated[tuple[Descriptor, ...], Key("t", Tensors("manifest", dtypes=frozenset({"u8"}), dimensions=1))]
@@ -226,6 +227,12 @@ def _check_rows(hypo: tuple[int, ...] | None, pad: tuple[int, ...] | None, tenso
             raise FieldError(f"field {name!r} has {len(value)} entries, tensor 'h' has {rows} rows")
     if hypo is not None and max(hypo) >= rows:
         raise FieldError(f"field 'hypo' must hold integers in 0..{rows - 1}")
+
+
+def _check_last(last: int | None, tensors: tuple[Descriptor, ...]) -> None:
+    tokens = tensors[0].shape[1]
+    if last is not None and last > tokens:
+        raise FieldError(f"field 'last' is {last}, tensor 'h' has {tokens} tokens")
 
 
 def _check_route(next_: tuple[Hop, ...] | None) -> None:
@@ -347,19 +354,30 @@ class Hop(Message):
 
 @message
 class Step(Message):
-    """Run "h" (B, T, C) through the span at positions pos..pos+T; `pos` below the session's position rolls it back."""
+    """Run "h" (B, T, C) through the span at positions pos..pos+T; `pos` below the session's position rolls it back.
+
+    `last`: how many of the last tokens are wanted of what comes out where the route ends; all, if it is None.
+    """
 
     sid: SessionId
     n: StepNumber
     pos: Position
     hypo: Hypotheses = None
     pad: Padding = None
+    last: LastTokens = None
     next: Annotated[tuple[Hop, ...] | None, ListOf(Nested(Hop), 1, MAX_HOPS - 1)] = None
     tensors: Hidden
 
     def check_together(self) -> None:
         _check_rows(self.hypo, self.pad, self.tensors)
+        _check_last(self.last, self.tensors)
         _check_route(self.next)
+
+    @property
+    def answered(self) -> int:
+        """Tokens of each row in the reply (PT-SES-037): where the route goes on, its owner keeps all for a replay."""
+        tokens: int = self.tensors[0].shape[1]
+        return tokens if self.last is None or self.next else self.last
 
 
 @message
@@ -423,11 +441,13 @@ class Push(Message):
     pos: Position
     hypo: Hypotheses = None
     pad: Padding = None
+    last: LastTokens = None
     next: Annotated[tuple[Hop, ...] | None, ListOf(Nested(Hop), 1, MAX_HOPS - 2)] = None
     tensors: Hidden
 
     def check_together(self) -> None:
         _check_rows(self.hypo, self.pad, self.tensors)
+        _check_last(self.last, self.tensors)
         _check_route(self.next)
 
 

@@ -41,6 +41,7 @@ class Server:
     inputs: Tensor
     max_len: int
     n: int = 0
+    given: int = 0
     last: tuple[int, tuple[int, ...] | None, Tensor, Tensor] | None = None
 
     def run(self, send: Send, inputs: Tensor) -> Tensor | None:
@@ -48,7 +49,7 @@ class Server:
         if send.n == self.n - 1 and self.last is not None:
             start, reorder, done, output = self.last
             same = (start, reorder) == (send.start, send.reorder) and torch.equal(done, inputs)
-            return output if same else None
+            return output if same and output.shape[1] >= send.answered else None
         assert send.n == self.n
         assert send.start <= self.inputs.shape[1]
         assert send.end <= self.max_len
@@ -57,7 +58,8 @@ class Server:
             kept = kept[list(send.reorder)]
         self.inputs = torch.cat([kept, inputs], dim=1)
         self.n += 1
-        output = run_layers(self.blocks.start, self.blocks.end, self.inputs)[:, send.start :]
+        output = run_layers(self.blocks.start, self.blocks.end, self.inputs)[:, -send.answered :]
+        self.given += send.answered
         self.last = (send.start, send.reorder, inputs.clone(), output)
         return output
 
@@ -142,9 +144,9 @@ class World:
     def new_peer(self) -> PeerId:
         return PeerId(next(self.peers).to_bytes(32, "big"))
 
-    def step(self, hidden: Tensor, failures: Sequence[str] = (), push: bool = False) -> Tensor:
+    def step(self, hidden: Tensor, failures: Sequence[str] = (), push: bool = False, last: int | None = None) -> Tensor:
         """A whole step; the i-th action fails as `failures` say."""
-        self.pipeline.feed(hidden)
+        self.pipeline.feed(hidden, last)
         told = iter(failures)
         for _ in range(1000):
             if self.pipeline.complete:
@@ -215,6 +217,40 @@ def test_a_long_prefill_is_cut_into_pieces_that_follow_each_other_through_the_ho
     output = world.step(values(0, 3 * PIECE + 1))
     assert torch.equal(output, run_layers(0, LAYERS, values(0, 3 * PIECE + 1)))
     assert world.steps == 3 * 4
+
+
+@pytest.mark.parametrize("push", [False, True])
+def test_of_the_last_hop_only_what_is_wanted_is_asked_for(push: bool) -> None:
+    world = World(new_pipeline())
+    output = world.step(values(0, 3 * PIECE + 1), push=push, last=6)
+    assert torch.equal(output, run_layers(0, LAYERS, values(0, 3 * PIECE + 1))[:, -6:])
+    given = [world.servers[hop.sid].given for hop in world.pipeline.hops]
+    assert given == [13, 13, 1 + 1 + 4 + 1]  # a piece before what is wanted is answered with the least there can be
+    assert world.pipeline._output.end == 13
+
+
+def test_a_replay_at_the_last_hop_asks_only_for_what_is_wanted() -> None:
+    world = World(new_pipeline())
+    sent = values(0, 9)
+    world.step(sent)
+    world.pipeline.lost(world.pipeline.hops[2])
+    output = world.step(values(1, 2))
+    assert torch.equal(output, run_layers(0, LAYERS, torch.cat([sent, values(1, 2)], dim=1))[:, 9:])
+    assert world.pipeline.replayed_tokens == 9
+    assert world.servers[world.pipeline.hops[2].sid].given == 1 + 1 + 2  # 4, 4 and 3 tokens
+
+
+def test_a_step_done_for_its_last_token_and_cut_off_is_done_again_where_all_are_wanted() -> None:
+    world = World(new_pipeline())
+    world.splits = []
+    world.step(values(0, 2))
+    pipeline = world.pipeline
+    pipeline.feed(values(1, 3), 1)
+    (action,) = pipeline.ready()
+    world.perform(action, "done, but late")
+    pipeline.abandon()
+    output = world.step(values(1, 3))
+    assert torch.equal(output, run_layers(0, LAYERS, torch.cat([values(0, 2), values(1, 3)], dim=1))[:, 2:])
 
 
 def test_a_lost_hop_is_replayed_from_its_own_inputs_and_the_others_are_not_asked() -> None:
@@ -452,19 +488,30 @@ class Sessions(RuleBasedStateMachine):
         return values(self.seed, tokens)
 
     @rule(
-        tokens=st.integers(1, 9), failures=failures, push=st.booleans(), splits=st.lists(st.integers(1, 5), max_size=3)
+        tokens=st.integers(1, 9),
+        failures=failures,
+        push=st.booleans(),
+        splits=st.lists(st.integers(1, 5), max_size=3),
+        last=st.none() | st.integers(1, 9),
     )
-    def step(self, tokens: int, failures: list[str], push: bool, splits: list[int]) -> None:
+    def step(self, tokens: int, failures: list[str], push: bool, splits: list[int], last: int | None) -> None:
         self.world.splits = sorted(set(splits))
         hidden = self.fresh(tokens)
         self.sent = torch.cat([self.sent, hidden], dim=1)
-        output = self.world.step(hidden, failures, push)
-        assert torch.equal(output, run_layers(0, LAYERS, self.sent)[:, -tokens:])
+        last = None if last is None else min(last, tokens)
+        output = self.world.step(hidden, failures, push, last)
+        assert torch.equal(output, run_layers(0, LAYERS, self.sent)[:, -(last or tokens) :])
 
-    @rule(tokens=st.integers(1, 9), failures=failures, rounds=st.integers(0, 6), push=st.booleans())
-    def give_up(self, tokens: int, failures: list[str], rounds: int, push: bool) -> None:
+    @rule(
+        tokens=st.integers(1, 9),
+        failures=failures,
+        rounds=st.integers(0, 6),
+        push=st.booleans(),
+        last=st.none() | st.just(1),
+    )
+    def give_up(self, tokens: int, failures: list[str], rounds: int, push: bool, last: int | None) -> None:
         pipeline = self.world.pipeline
-        pipeline.feed(self.fresh(tokens))
+        pipeline.feed(self.fresh(tokens), last)
         told = iter(failures)
         for _ in range(rounds):
             if pipeline.complete:

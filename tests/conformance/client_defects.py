@@ -11,7 +11,7 @@ from defects import Mutant, patch
 
 from petalite import bridge, identity, limits
 from petalite.client import calls
-from petalite.errors import HandshakeError, RemoteProtocolError
+from petalite.errors import HandshakeError, PeerLost, RemoteProtocolError
 from petalite.wire import certificate, connection, frames, handshake, messages, noise, packing, state, tensors
 
 CLIENT: dict[str, Mutant] = {}
@@ -153,6 +153,18 @@ def checks_no_reply() -> None:
 def ignores_critical_keys() -> None:
     for module in (packing, messages, tensors):
         patch(module, "refuse_critical", lambda fields: None)
+
+
+@defect("client/112")
+def insists_on_what_it_asked_for() -> None:
+    before = calls.Calls._outcome
+
+    def outcome(self: Any, send: Any, reply: Any) -> Any:
+        if reply.head["t"][0]["s"][1] != send.answered:
+            raise PeerLost("answered with more than was asked for")
+        return before(self, send, reply)
+
+    patch(calls.Calls, "_outcome", outcome)
 
 
 @defect("client/105")

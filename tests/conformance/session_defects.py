@@ -12,6 +12,7 @@ from petalite import bridge
 from petalite.bloom import cache, lora, span
 from petalite.errors import ErrorCode, RequestError
 from petalite.server import compute, handlers, sessions, steps, table
+from petalite.wire import messages
 
 # --- tensors
 
@@ -137,6 +138,34 @@ def computes_retries_anew() -> None:
 def answers_other_content_from_the_kept_reply() -> None:
     for module in (sessions, table, steps):
         patch(module, "step_digest", lambda step, body: b"the same")
+
+
+@defect("steps/025")
+def answers_with_the_first_tokens() -> None:
+    before = steps._answer
+
+    def answer(session: Any, running: Any, output: torch.Tensor) -> Any:
+        step = running.step
+        rows = output.reshape(step.tensors[0].shape)
+        return before(session, running, rows.roll(step.answered, dims=1) if step.last else rows)
+
+    patch(steps, "_answer", answer)
+
+
+@defect("steps/025", "steps/026")
+def does_not_know_last() -> None:
+    patch(messages.Step, "FIELDS", tuple(field for field in messages.Step.FIELDS if field.key != "last"))
+
+
+@defect("steps/027")
+def answers_retries_with_too_little() -> None:
+    before = table.SessionTable.admit
+
+    def admit(self: Any, session: Any, step: Any, *args: Any, **options: Any) -> Any:
+        session.last_answered = step.answered
+        return before(self, session, step, *args, **options)
+
+    patch(table.SessionTable, "admit", admit)
 
 
 @defect("steps/005")

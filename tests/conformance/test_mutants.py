@@ -19,10 +19,16 @@ QUICK = [
     "says-nothing-to-other-versions", "answers-ping-with-zeros", "uses-a-nonce-twice", "takes-bools-for-integers",
     "shows-tracebacks", "rounds-int8-towards-zero", "computes-with-nan", "tells-that-a-session-exists",
     "forgets-a-rollback", "ignores-padding", "gives-another-code-for-a-gap", "computes-other-numbers",
-    "counts-padding-as-tokens", "loses-the-gradients-of-taps",
-    "puts-adapters-into-the-blocks-of-all",
+    "answers-with-the-first-tokens", "answers-retries-with-too-little", "counts-padding-as-tokens",
+    "loses-the-gradients-of-taps", "puts-adapters-into-the-blocks-of-all",
 ]  # fmt: skip
-QUICK_CLIENT = ["takes-any-peer", "sends-early-payload", "takes-nan-in-replies", "uses-one-session-id"]
+QUICK_CLIENT = [
+    "takes-any-peer",
+    "sends-early-payload",
+    "takes-nan-in-replies",
+    "uses-one-session-id",
+    "insists-on-what-it-asked-for",
+]
 
 
 def test_there_are_enough_defects_and_their_cases_exist() -> None:

@@ -485,3 +485,39 @@ async def test_the_deadline_of_the_step_travels_with_the_push(swarm, tools, auto
     assert swarm.deadlines[0] == swarm.deadlines[1] == pytest.approx(5.0, abs=0.1)
     await swarm.advance(tools.hidden(1), 1, 1)
     assert swarm.deadlines[2] == pytest.approx(trio.current_time() + limits.PUSH_SECONDS, abs=0.1)
+
+
+# --- less of the output -----------------------------------------------------------------------------------------------
+
+
+async def test_only_the_end_of_the_route_answers_with_the_last_tokens(swarm, tools) -> None:
+    await swarm.open(batch=2)
+    x = tools.hidden(6, batch=2)
+    outputs = await swarm.advance(x, 0, 0, last=2, pad=(1, 0))
+    assert [output.shape[1] for output in outputs] == [6, 6, 2]
+    assert [(head["last"], "next" in head) for head in swarm.heads] == [(2, True), (2, False)]
+    alone = tools.Client(swarm.servers[2])
+    await alone.open(9, blocks=SPANS[2], batch=2)
+    assert torch.equal(outputs[2], (await alone.run(outputs[1], 0, 0, 9, pad=(1, 0)))[:, -2:])
+    (more,) = (await swarm.advance(tools.hidden(1, batch=2, seed=1), 1, 6, pad=(1, 0)))[2:]
+    assert more.shape[1] == 1
+
+
+async def test_a_copy_gets_what_the_push_asked_for(swarm, tools) -> None:
+    """Of a hop on the way all; of the last one what was asked for first, and no more."""
+    await swarm.open()
+    x = tools.hidden(4)
+    outputs = await swarm.advance(x, 0, 0, last=2)
+    for next_ in (None, swarm.route(2)):
+        assert torch.equal(await swarm.clients[1].run(outputs[0], 0, 0, 1, next=next_), outputs[1])
+    for last in (1, 2):
+        assert torch.equal(await swarm.clients[2].run(outputs[1], 0, 0, 2, last=last), outputs[2])
+    await refused(ErrorCode.CONFLICT, swarm.clients[2].run(outputs[1], 0, 0, 2))
+
+
+async def test_a_hop_that_leaves_last_out_of_its_push_makes_the_next_answer_with_all(swarm, tools) -> None:
+    """As one does that does not know it; the copy, which has it, is the same step."""
+    await swarm.open()
+    x = tools.hidden(4)
+    outputs = await swarm.advance(x, 0, 0)
+    assert torch.equal(await swarm.clients[2].run(outputs[1], 0, 0, 2, last=1), outputs[2])

@@ -38,11 +38,11 @@ class Player:
 
     def step(self, event, owner, now):
         x = self.tools.hidden(event["tokens"], seed=ord(event["content"]))
-        hypo = tuple(event["hypo"]) if "hypo" in event else None
-        message, body = self.tools.step_message(x, event["n"], event["pos"], event["sid"], hypo=hypo)
+        told = {"hypo": tuple(event["hypo"]) if "hypo" in event else None, "last": event.get("last")}
+        message, body = self.tools.step_message(x, event["n"], event["pos"], event["sid"], **told)
         entry = self.table.admit(self.found(event, owner, now), message, body, now)
         if isinstance(entry, Answer):
-            return entry.head
+            return {key: entry.head.get(key) for key in event["expect"]}
         if entry.cancel is None:
             entry.cancel = lambda: None
             return {"starts": True}
@@ -52,7 +52,7 @@ class Player:
         session = self.table._sessions[owner, self.tools.sid(event["sid"])]
         step = session.running.step
         session.rows.truncate(step.pos)
-        head = {"n": step.n, "pos": step.pos + step.tensors[0].shape[1]}
+        head = {"n": step.n, "pos": step.pos + step.tensors[0].shape[1], "tokens": step.answered}
         self.table.settle(session, Answer(head, []), now)
         return {}
 

@@ -49,6 +49,7 @@ async def test_a_prefill_cut_for_computing_is_no_different(tools, make_server, m
     await client.open(batch=2, max_len=200)
     output = await client.run(x, 0, 0)
     torch.testing.assert_close(output, tools.make_span()(x), **CLOSE)
+    torch.testing.assert_close(await client.run(x, 1, 0, last=20), output[:, -20:], **CLOSE)
 
 
 async def test_sessions_over_part_of_the_span(tools, make_server) -> None:
@@ -129,6 +130,24 @@ async def test_wire_types_are_those_of_the_open(tools, make_server) -> None:
         tensor = messages.StepReply.from_wire(dict(reply.head)).tensors[0]
         assert (tensor.dtype, tensor.codec) == (dtype, codec)
         torch.testing.assert_close(tools.output_of(reply).float(), expected, rtol=error, atol=error)
+
+
+@pytest.mark.parametrize("wire", [("f32", "raw"), ("f16", "raw"), ("bf16", "raw"), ("f16", "i8b64"), ("f32", "i8b64")])
+@pytest.mark.parametrize("last", [1, 3, 6])
+async def test_the_last_tokens_are_those_of_the_whole_output(wire, last, tools, make_server) -> None:
+    """Bit by bit, also where rows are quantized, and what follows is the same."""
+    client = tools.Client(await make_server())
+    dtype, codec = wire
+    x, more = tools.hidden(6, batch=2), tools.hidden(1, batch=2, seed=1)
+    for number in (1, 2):
+        await client.open(number, batch=2, dtype=dtype, codec=codec)
+    whole = await client.run(x, 0, 0, 1, pad=(2, 0))
+    reply = await client.step(x, 0, 0, 2, pad=(2, 0), last=last)
+    assert messages.StepReply.from_wire(dict(reply.head)).pos == 6
+    assert sum(map(len, reply.body)) == Descriptor("h", dtype, (2, last, 32), codec).nbytes
+    assert torch.equal(tools.output_of(reply), whole[:, -last:])
+    behind = [await client.run(more, 1, 6, number, pad=(2, 0)) for number in (1, 2)]
+    assert torch.equal(*behind)
 
 
 # --- retries ----------------------------------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ EXAMPLES: list[m.Message] = [
     m.OpenReply(pos=0, ttl=600),
     m.Step(sid=SID, n=0, pos=0, tensors=H),
     m.Step(sid=SID, n=2**63 - 1, pos=MAX_SESSION_LENGTH, hypo=(1, 0), pad=(0, 9), next=HOPS, tensors=H),
+    m.Step(sid=SID, n=0, pos=0, last=3, next=HOPS, tensors=H),
     m.StepReply(n=1, pos=3, tensors=H),
     m.Extend(sid=SID, max_len=256),
     m.ExtendReply(max_len=256),
@@ -49,6 +50,7 @@ EXAMPLES: list[m.Message] = [
     m.Close(sid=SID),
     m.Await(sid=SID, n=1),
     m.Push(owner=PEER, sid=SID, n=1, pos=3, hypo=(0, 0), pad=(1, 2), next=HOPS, tensors=H),
+    m.Push(owner=PEER, sid=SID, n=1, pos=3, last=1, tensors=H),
     m.Unpushed(sid=SID, n=1),
 ]
 KINDS = sorted({*map(type, EXAMPLES), m.Hop}, key=lambda kind: kind.__name__)
@@ -68,13 +70,14 @@ def test_every_message_of_the_method_table_has_an_example() -> None:
 
 
 def test_step_has_the_keys_of_the_specification() -> None:
-    step = m.Step(sid=SID, n=1, pos=5, hypo=(1, 0), pad=(0, 2), next=HOPS[:1], tensors=H)
+    step = m.Step(sid=SID, n=1, pos=5, hypo=(1, 0), pad=(0, 2), last=3, next=HOPS[:1], tensors=H)
     assert decode(encode(step.to_wire())) == {
         "sid": SID,
         "n": 1,
         "pos": 5,
         "hypo": [1, 0],
         "pad": [0, 2],
+        "last": 3,
         "next": [{"peer": b"1" * 32, "sid": b"a" * 16}],
         "t": [{"n": "h", "d": "f16", "s": [2, 3, 64], "c": "i8b64"}],
     }
@@ -93,6 +96,24 @@ def test_examples_of_the_specification() -> None:
     assert encode(m.OpenReply(pos=0, ttl=600).to_wire()).hex() == "82a3706f7300a374746ccd0258"
     assert encode(m.Step(sid=SID, n=3, pos=17, tensors=small).to_wire()).hex() == f"84{sid}a16e03a3706f7311{tail}"
     assert encode(m.StepReply(n=3, pos=18, tensors=small).to_wire()).hex() == f"83a16e03a3706f7312{tail}"
+    prompt = m.Step(sid=SID, n=0, pos=0, last=1, tensors=(Descriptor("h", "f16", (1, 3, 4)),))
+    assert encode(prompt.to_wire()).hex() == (
+        f"85{sid}a16e00a3706f7300a46c61737401a1749184a16ea168a164a3663136a17393010304a163a3726177"
+    )
+    assert encode(m.StepReply(n=0, pos=3, tensors=small).to_wire()).hex() == f"83a16e00a3706f7303{tail}"
+
+
+def test_where_a_route_goes_on_its_owner_gets_all_tokens() -> None:
+    step = m.Step(sid=SID, n=0, pos=0, tensors=H)
+    assert [
+        each.answered
+        for each in (
+            step,
+            dataclasses.replace(step, last=1),
+            dataclasses.replace(step, last=3),
+            dataclasses.replace(step, last=1, next=HOPS),
+        )
+    ] == [3, 1, 3, 3]
 
 
 def test_largest_heads_fit() -> None:
@@ -149,6 +170,12 @@ BAD, UNSUPPORTED, RESOURCES = ErrorCode.BAD_REQUEST, ErrorCode.UNSUPPORTED, Erro
         (m.Step, STEP, {"hypo": []}, BAD, "'hypo'"),
         (m.Step, STEP, {"pad": [0, 1, 2]}, BAD, "'pad'"),
         (m.Step, STEP, {"pad": [0, 2**30]}, BAD, "'pad'"),
+        (m.Step, STEP, {"last": 0}, BAD, "'last' is 0"),
+        (m.Step, STEP, {"last": -1}, BAD, "'last'"),
+        (m.Step, STEP, {"last": 4}, BAD, "'last' is 4, tensor 'h' has 3 tokens"),
+        (m.Step, STEP, {"last": True}, BAD, "'last'"),
+        (m.Step, STEP, {"last": [1]}, BAD, "'last'"),
+        (m.Push, STEP | {"owner": PEER}, {"last": 4}, BAD, "'last' is 4"),
         (m.Step, STEP, {"next": []}, BAD, "'next'"),
         (m.Step, STEP, {"next": [HOP] * 16}, BAD, "1..15"),
         (m.Step, STEP, {"next": [HOP, HOP]}, BAD, "twice"),

@@ -55,7 +55,7 @@ class Session:
         return self.peer.wait(self.send(hidden, **changes), 30)
 
     def step(self, hidden: Array, **changes: Any) -> Array:
-        """A step that must work; checks the reply and moves on. Returns (B, T, C)."""
+        """A step that must work; checks the reply and moves on. Returns (B, T, C), or what `last` asks for."""
         return self.accept(self.call(hidden, **changes), hidden, **changes)
 
     def accept(self, answer: Answer, hidden: Array, **changes: Any) -> Array:
@@ -70,9 +70,10 @@ class Session:
         head = answer.head or {}
         n, pos = changes.get("n", self.n), changes.get("pos", self.pos) + hidden.shape[1]
         require((head.get("n"), head.get("pos")) == (n, pos), f"expected: n {n} pos {pos}; observed: {answer}")
-        wanted = [tensors.descriptor(hidden, self.dtype, self.codec)]
+        due = hidden[:, -changes["last"] :] if "last" in changes and "next" not in changes else hidden
+        wanted = [tensors.descriptor(due, self.dtype, self.codec)]
         require(head.get("t") == wanted, f"expected: t {wanted}; observed: {head.get('t')}")
-        return tensors.decode(bytes(answer.body), self.dtype, hidden.shape, self.codec)
+        return tensors.decode(bytes(answer.body), self.dtype, due.shape, self.codec)
 
     def refused(self, codes: set[str], hidden: Array, **changes: Any) -> Answer:
         return expect_error(self.call(hidden, **changes), codes)

@@ -72,7 +72,7 @@ async def _greedy(model: Any, prompt: list[int], count: int) -> list[int]:
     async with model.session(max_len=len(prompt) + count) as session:
         hidden = await model.embed([prompt])
         while True:
-            output = await session.step(hidden)
+            output = await session.step(hidden, last=1)
             made.append(int(model.logits_here(output[:, -1])[0].argmax()))
             if len(made) == len(prompt) + count:
                 return made[len(prompt) :]

@@ -44,6 +44,9 @@ GOOD: dict[str, tuple[str, m.Message]] = {
         "request",
         m.Step(sid=SID, n=3, pos=5, hypo=(1, 0), pad=(0, 2), tensors=(Descriptor("h", "f32", (2, 1, 64), "i8b64"),)),
     ),
+    "step of a prompt": ("request", m.Step(sid=SID, n=0, pos=0, last=1, tensors=H)),
+    "step of a prompt, answered": ("reply", m.StepReply(n=0, pos=2, tensors=(Descriptor("h", "f16", (1, 1, 64)),))),
+    "step of a prompt, pushed on": ("request", m.Step(sid=SID, n=3, pos=5, last=2, next=(HOP,), tensors=H)),
     "step, answered": ("reply", m.StepReply(n=0, pos=2, tensors=H)),
     "extend": ("request", m.Extend(sid=SID, max_len=256)),
     "extend, answered": ("reply", m.ExtendReply(max_len=256)),
@@ -52,6 +55,7 @@ GOOD: dict[str, tuple[str, m.Message]] = {
     "close": ("request", m.Close(sid=SID)),
     "await": ("request", m.Await(sid=SID, n=1)),
     "push": ("request", m.Push(owner=PEER, sid=SID, n=1, pos=3, tensors=H)),
+    "push of a prompt": ("request", m.Push(owner=PEER, sid=SID, n=1, pos=3, last=1, tensors=H)),
     "unpushed": ("request", m.Unpushed(sid=SID, n=1)),
     "forward": ("request", tr.Forward(model=MODEL, blocks=(0, 2), tensors=H)),
     "forward with mask, prompts, a named adapter, and taps": (
@@ -74,6 +78,7 @@ GOOD: dict[str, tuple[str, m.Message]] = {
 }
 OPEN = GOOD["open"][1].to_wire()
 STEP = GOOD["step"][1].to_wire()
+PUSH = GOOD["push"][1].to_wire()
 FORWARD = GOOD["forward"][1].to_wire()
 BACKWARD = GOOD["backward"][1].to_wire()
 
@@ -91,6 +96,10 @@ BAD: dict[str, tuple[str, dict[str, Any], ErrorCode]] = {
     "position -1": ("step", STEP | {"pos": -1}, ErrorCode.POSITION),
     "a critical key": ("step", STEP | {"!warp": 9}, ErrorCode.UNSUPPORTED),
     "two rows, three hypotheses": ("step", STEP | {"hypo": [0, 0, 0]}, ErrorCode.BAD_REQUEST),
+    "last 0": ("step", STEP | {"last": 0}, ErrorCode.BAD_REQUEST),
+    "the last 3 of 2 tokens": ("step", STEP | {"last": 3}, ErrorCode.BAD_REQUEST),
+    "the last 3 of 2 tokens, pushed": ("push", PUSH | {"last": 3}, ErrorCode.BAD_REQUEST),
+    "last is a bool": ("step", STEP | {"last": True}, ErrorCode.BAD_REQUEST),
     "blocks reversed": ("open", OPEN | {"blocks": [2, 1]}, ErrorCode.NOT_SERVED),
     "blocks empty": ("open", OPEN | {"blocks": [1, 1]}, ErrorCode.NOT_SERVED),
     "max_len 2^31": ("open", OPEN | {"max_len": 2**31}, ErrorCode.RESOURCES),

@@ -2,8 +2,8 @@
 
 "at" is in seconds, "content" stands for the tensors (equal content, equal bytes), sessions have one row and the server
 has 64 tokens of cache. "starts": the step is handed to the model; "joins": it waits for the one that runs; otherwise
-the fields of the reply, or the error. done, failed (before the model began or, "begun", after) and broken (after the
-reorder) are what becomes of the running step.
+the fields of the reply ("tokens" are those of a row in its tensor), or the error. done, failed (before the model began
+or, "begun", after) and broken (after the reorder) are what becomes of the running step.
 """
 
 from __future__ import annotations
@@ -64,6 +64,21 @@ LISTS: dict[str, list[dict[str, Any]]] = {
         step(1, 5, 1, error("out_of_order", n=0)),
         done(),
         step(0, 0, 5, {"n": 0, "pos": 5}),
+    ],
+    "a retry gets as many tokens as were asked for first, and a conflict if it wants more": [
+        opened(),
+        step(0, 0, 5, STARTS, last=2),
+        step(0, 0, 5, JOINS, last=1),
+        step(0, 0, 5, error("conflict"), last=3),
+        step(0, 0, 5, error("conflict")),
+        done(),
+        step(0, 0, 5, {"n": 0, "pos": 5, "tokens": 2}, last=2),
+        step(0, 0, 5, {"n": 0, "pos": 5, "tokens": 2}, last=1),
+        step(0, 0, 5, error("conflict")),
+        status(1, 5),
+        step(1, 5, 3, STARTS),
+        done(),
+        step(1, 5, 3, {"n": 1, "pos": 8, "tokens": 3}, last=1),
     ],
     "gaps, positions and lengths": [
         *FIRST,

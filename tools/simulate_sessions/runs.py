@@ -87,11 +87,11 @@ class Twin:
     parts: Parts
     sent: Tensor
 
-    def step(self, hidden: Tensor) -> Tensor:
+    def step(self, hidden: Tensor, last: int | None) -> Tensor:
         self.sent = torch.cat([self.sent, hidden], dim=1)
         with torch.inference_mode():
             output: Tensor = self.parts.blocks(self.sent)
-        return output[:, -hidden.shape[1] :]
+        return output[:, -(last or hidden.shape[1]) :]
 
 
 @dataclass
@@ -183,6 +183,7 @@ async def _use(world: World, parts: Parts, chance: random.Random, report: Report
     batch = chance.choice([1, 1, 2, 3])
     twin = Twin(parts, torch.empty(batch, 0, CONFIG.hidden_size))
     values = torch.Generator().manual_seed(report.seed)
+    wishes = random.Random(f"wishes of {report.seed}")  # its own, so that a seed's faults stay what they were
     async with (
         world.client(push=push, idle_seconds=idle) as model,
         model.session(max_len=chance.choice([8, 64]), batch=batch) as session,
@@ -191,7 +192,7 @@ async def _use(world: World, parts: Parts, chance: random.Random, report: Report
             tokens = chance.choice([1, 1, 1, 1, 2, 9])
             hidden = torch.randn(batch, tokens, CONFIG.hidden_size, generator=values)
             await _between(session, twin, chance)
-            if not await _step(world, model, session, twin, hidden, chance, report):
+            if not await _step(world, model, session, twin, hidden, chance, wishes, report):
                 return
         report.failovers, report.replayed = session.failovers, session.replayed_tokens
 
@@ -218,31 +219,34 @@ async def _step(
     twin: Twin,
     hidden: Tensor,
     chance: random.Random,
+    wishes: random.Random,
     report: Report,
 ) -> bool:
     """One step, sometimes cut short by its caller's impatience and done again. False if the run is to end."""
     report.steps += 1
+    last = wishes.choice([None, 1, hidden.shape[1]])
     if chance.random() < 0.1:
         output = None
         with trio.move_on_after(chance.choice([0.0, 0.001, 0.3, 1.0])) as patience:
             try:
-                output = await session.step(hidden)
+                output = await session.step(hidden, last=last)
             except SessionError as error:  # it sees that there is no server to be had before the deadline
                 report.without_server += 1
                 if _all_served(world, model.node, session):
                     report.problem = f"step {report.steps} gave up though each block had a server: {error}"
                     return False
         if output is not None:
-            return _same(output, twin.step(hidden), report)
+            return _same(output, twin.step(hidden, last), report)
         report.cut_short += patience.cancelled_caught
-        hidden = -hidden  # something else instead
+        last = wishes.choice([None, 1])
+        hidden = wishes.choice([hidden, -hidden])  # the same again, or something else instead
     try:
         with trio.fail_after(STEP_PATIENCE):
-            output = await session.step(hidden)
+            output = await session.step(hidden, last=last)
     except (trio.TooSlowError, SessionError) as error:
         report.problem = f"step {report.steps} did not come through: {error!r}"
         return False
-    return _same(output, twin.step(hidden), report)
+    return _same(output, twin.step(hidden, last), report)
 
 
 def _all_served(world: World, node: Node, session: InferenceSession) -> bool:

@@ -444,3 +444,13 @@ class _Inline(Server):
 
 
 _generates(111, "PT-FRM-014", "Small bodies travel in the frames of their heads where both sides list inline", _Inline)
+
+
+class _Whole(Server):
+    """Does not know `last`."""
+
+    def answered(self, head: dict[str, Any]) -> int:
+        return int(head["t"][0]["s"][1])
+
+
+_generates(112, "PT-SES-109", "A server that answers with all tokens, whatever was asked for", _Whole)

@@ -389,6 +389,10 @@ class Server:
         start, end = opened["blocks"]
         rows = [tensors.run_blocks(row, start, end, pad) for row, pad in zip(held.hidden, pads, strict=True)]
         output = np.stack(rows)[:, head["pos"] :].astype(np.float32)
+        last = head.get("last")
+        if last is not None and not 1 <= last <= shape[1]:
+            raise Failed(f"step with last {last} for shape {shape}")
+        output = output[:, -self.answered(head) :]
         made = {
             "n": head["n"],
             "pos": head["pos"] + shape[1],
@@ -396,10 +400,15 @@ class Server:
         }
         return made, tensors.encode(output, tensor["d"], tensor["c"])
 
+    def answered(self, head: dict[str, Any]) -> int:
+        """Tokens of each row in the reply (PT-SES-037)."""
+        tokens = int(head["t"][0]["s"][1])
+        return tokens if head.get("next") else int(head.get("last") or tokens)
+
     def reply_step(self, conn: Conn, request: Request, head: dict[str, Any], body: bytes) -> None:
         conn.reply(request, head, body)
 
 
 def _plain(head: dict[str, Any]) -> dict[str, Any]:
-    """A head without the connection's own keys and the route."""
-    return {name: value for name, value in head.items() if name not in ("size", "max", "dl", "next")}
+    """A head without the connection's own keys, the route, and what is wanted of the output."""
+    return {name: value for name, value in head.items() if name not in ("size", "max", "dl", "next", "last")}

@@ -328,3 +328,51 @@ def rollback_then_retry(bench: Bench) -> None:
     require(again.body == first.body, f"expected: the same reply; observed: {again}")
     session.accept(again, hidden[:, 2:3], pos=2)
     session.unchanged()
+
+
+@case("steps/025", "PT-SES-037 PT-TEN-043")
+def last_tokens(bench: Bench) -> None:
+    """last: the reply holds the last tokens of each row, in every codec; all tokens are cached"""
+    peer = bench.peer()
+    hidden, more = bench.hidden(7, 2), bench.hidden(1, 2)
+    pad = {"pad": [3, 0]}
+    for codec in ("raw", "i8b64"):
+        plain = bench.session(peer, batch=2, codec=codec)
+        whole, behind = plain.step(hidden, **pad), plain.step(more, **pad)
+        for last in (1, 3, 7):
+            session = bench.session(peer, batch=2, codec=codec)
+            output = session.step(hidden, last=last, **pad)
+            tolerance = 0.1 if codec == "i8b64" else 0.0  # a number off by rounding may get another code
+            bench.close_to(output, whole[:, -last:], f"the last {last} of 7 tokens, {codec}", tolerance)
+            bench.close_to(session.step(more, last=1, **pad), behind, f"the token behind, {codec}", tolerance)
+    session = bench.session(peer, batch=2)
+    session.step(hidden, last=1, next=[{"peer": bytes(32), "sid": bytes(16)}])  # the route goes on: all are answered
+
+
+@case("steps/026", "PT-SES-038 PT-SES-001")
+def wrong_last(bench: Bench) -> None:
+    """A last of 0, below, above the step's tokens or of another type: ERR bad_request, nothing changes"""
+    session = bench.session()
+    hidden = bench.hidden(3)
+    session.step(hidden)
+    for last in (0, -1, 4, 2**40, True, "1", [1], b"\x01"):
+        session.refused({"bad_request"}, hidden, last=last)
+        session.unchanged()
+    session.step(hidden, last=3)
+
+
+@case("steps/027", "PT-SES-039 PT-SES-030")
+def last_of_a_retry(bench: Bench) -> None:
+    """A retry gets as many tokens as were asked for first, and conflict if it asks for more"""
+    session = bench.session()
+    hidden = bench.hidden(4)
+    first = session.call(hidden, last=2)
+    session.check(first, hidden, last=2)
+    for last in (2, 1):
+        again = session.call(hidden, last=last)
+        require(not again.code and again.body == first.body, f"expected: the same reply; observed: {again}")
+    session.refused({"conflict"}, hidden)
+    session.refused({"conflict"}, hidden, last=3)
+    session.accept(first, hidden, last=2)
+    session.unchanged()
+    session.step(bench.hidden(1))
