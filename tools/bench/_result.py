@@ -13,17 +13,20 @@ from typing import Any
 
 @dataclass
 class Result:
-    """`rows` share their keys, which are the table's columns; a bar is what must hold, with its verdict."""
+    """`rows` share their keys, which are the table's columns; a bar is what must hold, with its verdict.
+
+    `rounds`: what rows are summaries of, where that is worth telling programs.
+    """
 
     name: str
     conditions: dict[str, Any]
     rows: list[dict[str, Any]] = field(default_factory=list)
     bars: dict[str, bool | str] = field(default_factory=dict)
+    rounds: list[dict[str, Any]] = field(default_factory=list)
 
     def as_json(self) -> str:
-        return json.dumps(
-            {"bench": self.name, "conditions": self.conditions, "rows": self.rows, "bars": self.bars}, sort_keys=True
-        )
+        made = {"bench": self.name, "conditions": self.conditions, "rows": self.rows, "bars": self.bars}
+        return json.dumps(made | ({"rounds": self.rounds} if self.rounds else {}), sort_keys=True)
 
     def as_table(self) -> str:
         lines = [f"{self.name}: " + ", ".join(f"{name} {value}" for name, value in self.conditions.items())]

@@ -1,7 +1,8 @@
 """BLOOM geometries on CUDA through real server processes: steps/s, batches, prefill, against transformers.
 
-Weights are random and made on the device. Each part runs in processes of its own, one after another, so that each has
-the memory to itself; one server process a GPU. Without CUDA the same script runs a tiny geometry on the CPU.
+Weights are random and made on the device; one server process a GPU. Transformers' rate is that of the host, which
+changes within minutes, so its process stays there with its model and takes turns with ours, round by round; whoever has
+not its turn waits for a line of text. Without CUDA the same script runs a tiny geometry on the CPU.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from operator import truediv
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -44,6 +46,8 @@ GEOMETRIES = {
 }
 STEPS = 40
 TOGETHER_STEPS = 100
+# After a turn of ours: its processes stay awake for a while.
+REST_SECONDS = 0.1
 CACHE_TOKENS = 4096  # for 8 sessions, or one with a prefix of 2,048
 
 
@@ -52,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quantize", action="store_true", help="int8 weights")
     parser.add_argument("--layers", type=int, help="only so many blocks, where one GPU must do for more")
     parser.add_argument("--prefixes", type=int, nargs="+", default=[128])
+    parser.add_argument("--rounds", type=int, default=5, help="turns of ours and of transformers'")
     parser.add_argument("--sessions", type=int, nargs="+", default=[8])
     parser.add_argument("--check", action="store_true", help="compare the fast block with the plain one, and time both")
     parser.add_argument("--no-transformers", action="store_true", help="leave out the comparison")
@@ -69,7 +74,7 @@ def run(arguments: argparse.Namespace) -> Result | None:
         trio.run(_serve, config, arguments, json.loads(arguments.serve))
         return None
     if arguments.transformers:
-        print(json.dumps(_transformers(config, arguments.prefixes)))
+        _transformers(config)
         return None
     if arguments.decode:
         trio.run(_decode, config, [Address.parse(text) for text in arguments.decode])
@@ -82,12 +87,10 @@ def run(arguments: argparse.Namespace) -> Result | None:
     if arguments.check:
         _check(config, result)
         return result
-    theirs: dict[str, float] = {}
-    if not arguments.no_transformers and arguments.model != "176b":  # theirs, in bfloat16, would fit nowhere
-        out = _this_script(arguments, "--transformers", "--prefixes", *map(str, arguments.prefixes))
-        theirs = json.loads(subprocess.run(out, capture_output=True, check=True, text=True).stdout.splitlines()[-1])
+    compared = not arguments.no_transformers and arguments.model != "176b"  # theirs, in bfloat16, would fit nowhere
     with _servers(config, arguments) as addresses:
-        trio.run(_measure, config, arguments, addresses, theirs, result)
+        with _their_process(arguments) if compared else nullcontext() as theirs:
+            trio.run(_measure, config, arguments, addresses, theirs, result)
         _measure_sessions(arguments, addresses, result)
     return result
 
@@ -148,7 +151,7 @@ def _servers(config: BloomConfig, arguments: argparse.Namespace) -> Iterator[lis
 def _line(process: subprocess.Popen[str]) -> str:
     line = process.stdout.readline() if process.stdout else ""
     if not line:
-        raise RuntimeError(f"a server ended with {process.wait()}")
+        raise RuntimeError(f"a process of the benchmark ended with {process.wait()}")
     return line.strip()
 
 
@@ -231,7 +234,7 @@ async def _measure(
     config: BloomConfig,
     arguments: argparse.Namespace,
     addresses: list[Address],
-    theirs: dict[str, float],
+    theirs: Turn | None,
     result: Result,
 ) -> None:
     ends = await trio.to_thread.run_sync(_Ends, config)
@@ -240,13 +243,32 @@ async def _measure(
         node.directory.watch(Manifest(config, {}).model_id, config.n_layer, config.hidden_size)
         await node.directory.refresh()
         for prefix in arguments.prefixes:
-            steps, prefill = await _generate(node, config, ends, prefix)
-            row: dict[str, Any] = {"prefix": prefix, "steps/s": steps, "prefill tokens/s": prefill}
-            row["transformers steps/s"] = theirs.get(f"steps {prefix}", "-")
-            row["transformers prefill"] = theirs.get(f"prefill {prefix}", "-")
-            row["steps ratio"] = steps / theirs[f"steps {prefix}"] if theirs else "-"
-            row["prefill ratio"] = prefill / theirs[f"prefill {prefix}"] if theirs else "-"
-            _add(result, row)
+            rounds = []
+            for number in range(-1, arguments.rounds):
+                found: dict[str, Any] = {"prefix": prefix, "round": number}
+                if theirs is not None:
+                    found["transformers"] = await trio.to_thread.run_sync(theirs, prefix)
+                found["ours"] = await _generate(node, config, ends, prefix)
+                await trio.sleep(REST_SECONDS)
+                if number >= 0:  # the one before is for warming up
+                    rounds.append(found)
+            result.rounds += rounds
+            _add(result, _summary(prefix, rounds))
+
+
+def _summary(prefix: int, rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians over the rounds, the quickest prefills, and medians of the rounds' ratios."""
+    row: dict[str, Any] = {"prefix": prefix}
+    for kind in ("steps/s", "prefill/s"):
+        ours = [each["ours"][kind] for each in rounds]
+        theirs = [each["transformers"][kind] for each in rounds if "transformers" in each]
+        row[kind] = median(ours)
+        row[f"transformers {kind}"] = median(theirs) if theirs else "-"
+        row[f"{kind} ratio"] = median(map(truediv, ours, theirs)) if theirs else "-"
+        if kind == "prefill/s":
+            row["best"] = max(ours)
+            row["transformers best"] = max(theirs, default="-")
+    return row
 
 
 def _add(result: Result, row: dict[str, Any]) -> None:
@@ -319,34 +341,58 @@ def _session(node: Node, config: BloomConfig, max_len: int) -> InferenceSession:
     )  # fmt: skip
 
 
-async def _generate(node: Node, config: BloomConfig, ends: _Ends, prefix: int) -> tuple[float, float]:
-    """Steps/s of greedy decoding behind `prefix` tokens, head and embeddings included; tokens/s of the prefill."""
+async def _generate(node: Node, config: BloomConfig, ends: _Ends, prefix: int) -> Rates:
+    """One turn of ours: greedy decoding behind `prefix` tokens, head and embeddings included."""
     tokens = torch.arange(prefix)[None] % config.vocab_size
     hidden = await trio.to_thread.run_sync(ends.embed, tokens)
-    prefills = []
-    for _ in range(3):
-        async with _session(node, config, prefix + STEPS + 8) as session:
+    async with _session(node, config, prefix + STEPS + 8) as session:
+        started = time.perf_counter()
+        output = await session.step(hidden, last=1)
+        prefill = time.perf_counter() - started
+        times = []
+        for _ in range(STEPS):
             started = time.perf_counter()
-            output = await session.step(hidden)
-            prefills.append(time.perf_counter() - started)
-            times = []
-            for _ in range(STEPS):
-                started = time.perf_counter()
-                token = await ends.next(output)
-                output = await session.step(token)
-                times.append(time.perf_counter() - started)
-    return 1 / median(times), prefix / min(prefills)
+            token = await ends.next(output)
+            output = await session.step(token)
+            times.append(time.perf_counter() - started)
+    return {"steps/s": 1 / median(times), "prefill/s": prefix / prefill}
 
 
 # --- transformers ----------------------------------------------------------------------------------------------------
 
+Rates = dict[str, float]
+"""Of one turn: "steps/s", the median's, and "prefill/s", tokens/s."""
+Turn = Callable[[int], Rates]
+"""Has transformers take its turn behind so many tokens. Blocking."""
 
-def _transformers(config: BloomConfig, prefixes: list[int]) -> dict[str, float]:
-    """Steps/s and prefill tokens/s of transformers' own model with the same geometry, batch 1."""
+
+@contextmanager
+def _their_process(arguments: argparse.Namespace) -> Iterator[Turn]:
+    """Transformers' model in a process of its own, which sleeps between its turns."""
+    command = _this_script(arguments, "--transformers")
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def turn(prefix: int) -> Rates:
+        print(prefix, file=process.stdin, flush=True)
+        rates: Rates = json.loads(_line(process))
+        return rates
+
+    try:
+        _line(process)  # its model is there
+        yield turn
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _transformers(config: BloomConfig) -> None:
+    """Take a turn, and print its rates, for each prefix on stdin."""
     from transformers import BloomConfig as TheirConfig
     from transformers import BloomForCausalLM
 
     torch.set_default_dtype(_dtype())
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)  # as our server
     with _device():
         model = BloomForCausalLM(
             TheirConfig(
@@ -354,25 +400,27 @@ def _transformers(config: BloomConfig, prefixes: list[int]) -> dict[str, float]:
                 vocab_size=config.vocab_size,
             )
         ).eval()  # fmt: skip
-    found = {}
+    print("ready", flush=True)
     with torch.inference_mode():
-        for prefix in prefixes:
-            ids = torch.arange(prefix, device=_device())[None] % config.vocab_size
-            prefills, times = [], []
-            for _ in range(3):
-                started = time.perf_counter()
-                out = model(ids, use_cache=True, logits_to_keep=1)
-                _sync()
-                prefills.append(time.perf_counter() - started)
-            for _ in range(STEPS):
-                started = time.perf_counter()
-                token = out.logits[:, -1:].argmax(dim=-1)
-                out = model(token, past_key_values=out.past_key_values, use_cache=True)
-                _sync()
-                times.append(time.perf_counter() - started)
-            found[f"steps {prefix}"] = 1 / median(times)
-            found[f"prefill {prefix}"] = prefix / min(prefills)
-    return found
+        for line in sys.stdin:
+            print(json.dumps(_their_turn(model, int(line), config.vocab_size)), flush=True)
+
+
+def _their_turn(model: Any, prefix: int, vocabulary: int) -> Rates:
+    """Prefill and steps of transformers' own model with the same geometry, batch 1."""
+    ids = torch.arange(prefix, device=_device())[None] % vocabulary
+    started = time.perf_counter()
+    out = model(ids, use_cache=True, logits_to_keep=1)
+    _sync()
+    prefill = time.perf_counter() - started
+    times = []
+    for _ in range(STEPS):
+        started = time.perf_counter()
+        token = out.logits[:, -1:].argmax(dim=-1)
+        out = model(token, past_key_values=out.past_key_values, use_cache=True)
+        _sync()
+        times.append(time.perf_counter() - started)
+    return {"steps/s": 1 / median(times), "prefill/s": prefix / prefill}
 
 
 # --- the fast block --------------------------------------------------------------------------------------------------
