@@ -86,10 +86,10 @@ class _BySid:
 def refuses_to_open_again() -> None:
     before = table.SessionTable.open
 
-    def open_(self: Any, owner: Any, message: Any, now: float) -> Any:
+    def open_(self: Any, owner: Any, message: Any, now: float, *others: Any) -> Any:
         if self._lookup(owner, message.sid, now) is not None:
             raise RequestError(ErrorCode.CONFLICT, "the session exists")
-        return before(self, owner, message, now)
+        return before(self, owner, message, now, *others)
 
     patch(table.SessionTable, "open", open_)
 
@@ -103,8 +103,8 @@ def keeps_the_cache_of_closed_sessions() -> None:
 def forgets_a_rollback() -> None:
     before = steps.StepWork
 
-    def work(span_: Any, rows: Any, position: int, pad: Any, reorder: Any) -> Any:
-        return before(span_, rows, rows.position, pad, reorder)
+    def work(span_: Any, rows: Any, position: int, *others: Any) -> Any:
+        return before(span_, rows, rows.position, *others)
 
     patch(steps, "StepWork", work)
 
@@ -117,7 +117,7 @@ def ignores_hypo() -> None:
 @defect("steps/011")
 def ignores_padding() -> None:
     before = span.Part
-    replaced = lambda rows, tokens, position, pad=None: before(rows, tokens, position, None)  # noqa: E731
+    replaced = lambda rows, tokens, at, pad=None, *others: before(rows, tokens, at, None, *others)  # noqa: E731
     patch(compute, "Part", replaced)
 
 
@@ -136,7 +136,7 @@ def computes_retries_anew() -> None:
 
 @defect("steps/004")
 def answers_other_content_from_the_kept_reply() -> None:
-    for module in (sessions, table, steps):
+    for module in (sessions, table):
         patch(module, "step_digest", lambda step, body: b"the same")
 
 
@@ -202,14 +202,8 @@ def takes_any_position() -> None:
 def computes_other_numbers() -> None:
     before = steps.StepWork
 
-    def work(span_: Any, rows: Any, position: int, pad: Any, reorder: Any) -> Any:
-        return before(
-            type(span_)(span_.config, span_.start, span_.end, list(reversed(list(span_.layers)))),
-            rows,
-            position,
-            pad,
-            reorder,
-        )
+    def work(span_: Any, *others: Any) -> Any:
+        return before(type(span_)(span_.config, span_.start, span_.end, list(reversed(list(span_.layers)))), *others)
 
     patch(steps, "StepWork", work)
 
