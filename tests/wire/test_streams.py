@@ -85,7 +85,7 @@ class TwoCores(RuleBasedStateMachine):
         size=SIZES,
         max_reply=SIZES,
         priority=st.sampled_from(Priority),
-        number=st.integers(0, 10**6),
+        number=st.integers(0, 10**6 - 1),
     )
     def ask(self, side: int, size: int, max_reply: int, priority: Priority, number: int) -> None:
         core = self.cores[side]
