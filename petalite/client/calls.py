@@ -299,6 +299,6 @@ def _next(send: Send, following: Sequence[Send]) -> tuple[messages.Hop, ...] | N
 def parse_reply(kind: type[messages.M], reply: Reply) -> messages.M:
     """The message in a reply. Raises PeerLost where it is none."""
     try:
-        return kind.from_wire(dict(reply.head))
+        return kind.from_wire(reply.head)
     except RequestError as error:
         raise PeerLost(f"answered wrongly: {error.text}") from error

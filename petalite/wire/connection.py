@@ -16,6 +16,7 @@ from petalite.wire import events, frames
 from petalite.wire.hello import INLINE, Hello
 from petalite.wire.liveness import Liveness, Verdict
 from petalite.wire.quota import Quota
+from petalite.wire.repeats import Repeats
 from petalite.wire.replier import Replier
 from petalite.wire.requester import Requester
 from petalite.wire.state import DIRECTION_TRANSITIONS, DirectionEvent, DirectionState
@@ -45,6 +46,7 @@ class Connection:
         """How many frames of unknown ignorable types have come."""
         self._requester = Requester(1 if initiator else 2, self.writer, quota, self.events.append)
         self._replier = Replier(2 if initiator else 1, self.writer, quota, self.events.append)
+        self._repeats = Repeats()
         self._inline = INLINE in hello.capabilities
         self._ours = DirectionState.OPEN
         self._theirs = DirectionState.SILENT
@@ -205,7 +207,7 @@ class Connection:
         """One decrypted record. Raises RemoteProtocolError when the peer broke the protocol."""
         if self._theirs is DirectionState.SILENT and len(plain) > limits.MAX_FRAME_BEFORE_HELLO:
             raise RemoteProtocolError(f"frame of {len(plain)} bytes before HELLO", GoAwayCode.FRAME)
-        frame = frames.decode(plain)
+        frame = self._repeats.decode(plain)
         kind = type(frame)
         following = DIRECTION_TRANSITIONS[self._theirs].get(_DIRECTION_EVENTS.get(kind, DirectionEvent.OTHER))
         if following is None:

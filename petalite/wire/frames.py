@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -141,8 +142,13 @@ def encode_req(end: bool, method: str, head: bytes) -> bytes:
 
     This and `encode_res` do what `encode` does, without the object in between: they stand in the way of each step.
     """
+    return _within_limit(_REQ_START + (b"\x01" if end else b"\x00") + _packed_method(method) + head)
+
+
+@functools.lru_cache(maxsize=64)
+def _packed_method(method: str) -> bytes:
     _check_method(method)
-    return _within_limit(_REQ_START + (b"\x01" if end else b"\x00") + packing.encode(method) + head)
+    return packing.encode(method)
 
 
 def encode_res(stream: int, end: bool, head: bytes) -> bytes:
@@ -244,13 +250,14 @@ def _decode_data(data: memoryview) -> Data | None:
     array, kind, uint16, stream, flags, bin16, body = _USUAL_DATA.unpack_from(data)
     if array != 0x94 or kind != _DATA or uint16 != 0xCD or flags > 1 or bin16 != 0xC5 or body != size:
         return None
-    _check_stream(stream)
+    check_stream(stream)
     if size > limits.MAX_DATA:
         raise _malformed(f"DATA of {size} bytes, limit {limits.MAX_DATA}")
     return Data(stream, flags == END, data[_USUAL_DATA.size :])
 
 
-def _check_stream(value: Any) -> int:
+def check_stream(value: Any) -> int:
+    """Raises RemoteProtocolError unless it is in 1..2^53-1 (PT-FRM-005)."""
     if type(value) is not int or not 0 < value <= LARGEST_STREAM:
         raise RemoteProtocolError(f"stream id must be an integer in 1..2^53-1, not {_show(value)}")
     return value
@@ -299,13 +306,13 @@ def _req(values: list[Any]) -> Req:
     body = _inline_body(values, 5)
     _, stream, flags, method, head = values
     _check_str(method, "method", limits.MAX_METHOD)
-    return Req(_check_stream(stream), _check_flags(flags), method, _check_map(head), body)
+    return Req(check_stream(stream), _check_flags(flags), method, _check_map(head), body)
 
 
 def _res(values: list[Any]) -> Res:
     body = _inline_body(values, 4)
     _, stream, flags, head = values
-    return Res(_check_stream(stream), _check_flags(flags), _check_map(head), body)
+    return Res(check_stream(stream), _check_flags(flags), _check_map(head), body)
 
 
 def _inline_body(values: list[Any], count: int) -> bytes | None:
@@ -323,14 +330,14 @@ def _data(values: list[Any]) -> Data:
     _, stream, flags, body = _arity(values, 4)
     if type(body) is not bytes or len(body) > limits.MAX_DATA:
         raise _malformed(f"DATA carries a bin of at most {limits.MAX_DATA} bytes")
-    return Data(_check_stream(stream), _check_flags(flags), body)
+    return Data(check_stream(stream), _check_flags(flags), body)
 
 
 def _err(values: list[Any]) -> Err:
     _, stream, code, text, detail = _arity(values, 5)
     _check_str(text, "error text", limits.MAX_FRAME)
     return Err(
-        _check_stream(stream),
+        check_stream(stream),
         _check_int(code, "error code", 2**32 - 1),
         text[: limits.MAX_ERROR_TEXT],
         _check_map(detail),
@@ -339,7 +346,7 @@ def _err(values: list[Any]) -> Err:
 
 def _cancel(values: list[Any]) -> Cancel:
     _, stream = _arity(values, 2)
-    return Cancel(_check_stream(stream))
+    return Cancel(check_stream(stream))
 
 
 def _ping_payload(values: list[Any]) -> bytes:
@@ -361,7 +368,7 @@ def _goaway(values: list[Any]) -> GoAway:
 
 def _progress(values: list[Any]) -> Progress:
     _, stream, head = _arity(values, 3)
-    return Progress(_check_stream(stream), _check_map(head))
+    return Progress(check_stream(stream), _check_map(head))
 
 
 _BUILDERS: dict[int, Callable[[list[Any]], Frame]] = {

@@ -23,7 +23,7 @@ class Template:
 
     def with_integers(self, integers: Mapping[str, int]) -> bytes:
         """The whole map, with `integers` of 0..2^64-1 under names that the template does not have."""
-        parts = [_map_header(len(self.fields) + len(integers)), self._encoded]
+        parts = [map_header(len(self.fields) + len(integers)), self._encoded]
         for name, value in integers.items():
             parts += _packed_key(name), packing.encode_uint(value)
         return b"".join(parts)
@@ -61,5 +61,6 @@ def _packed_key(name: str) -> bytes:
     return packing.encode(name)
 
 
-def _map_header(count: int) -> bytes:
+def map_header(count: int) -> bytes:
+    """What stands before `count` pairs of keys and values."""
     return bytes((0x80 + count,)) if count < 16 else bytes(msgpack.Packer().pack_map_header(count))

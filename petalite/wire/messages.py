@@ -9,7 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
-from typing import Annotated, Any, ClassVar, Final, NamedTuple, Self, TypeVar, dataclass_transform, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    Final,
+    NamedTuple,
+    Self,
+    TypeVar,
+    cast,
+    dataclass_transform,
+    get_type_hints,
+)
 
 from petalite.errors import ErrorCode, RequestError
 from petalite.limits import (
@@ -27,6 +38,7 @@ from petalite.limits import (
 from petalite.wire.additions import ADDITIONS, AdapterName, TensorSet, check_additions
 from petalite.wire.heads import Template
 from petalite.wire.packing import Bin, Bool, FieldError, Int, Ints, ListOf, OneOf, Plain, Rule, Str, refuse_critical
+from petalite.wire.repeats import KnownHead
 from petalite.wire.tensors import CODECS, FLOATS, Descriptor, check_names, parse_descriptors, total_size
 
 COMPUTE_DTYPES: Final = ("float32", "bfloat16", "float16")
@@ -167,6 +179,11 @@ class Message:
 
         Raises RequestError: BAD_REQUEST naming the field and its limit, or the code that the field's rule gives.
         """
+        if type(received) is KnownHead:
+            known = received.pattern.made.get(cls)
+            if known is None:
+                known = received.pattern.made[cls] = cls.from_wire(dict(received))
+            return cast(Self, known)._with_integers(received)
         if type(received) is not dict:
             raise RequestError(ErrorCode.BAD_REQUEST, f"{cls.__name__} must be a map")
         refuse_critical(received)
@@ -181,6 +198,21 @@ class Message:
             return cls(**values)
         except FieldError as error:
             raise RequestError(error.code, str(error)) from None
+
+    def _with_integers(self, received: Mapping[str, Any]) -> Self:
+        """This message with the integers in `received`, the one thing that is looked at again."""
+        made = object.__new__(type(self))
+        try:
+            for attribute, key, rule, _, _ in self.FIELDS:
+                value = getattr(self, attribute)
+                if type(value) is int:
+                    value = received[key]
+                    rule.check(key, value)
+                object.__setattr__(made, attribute, value)
+            made.check_together()
+        except FieldError as error:
+            raise RequestError(error.code, str(error)) from None
+        return made
 
 
 M = TypeVar("M", bound=Message)
