@@ -22,8 +22,8 @@ from petalite.identity import PeerId
 from petalite.models import FAIRYTALE, find_model
 from petalite.net.call import Call, Handler, Reply
 from petalite.net.connection import PeerConnection
-from petalite.server.executor import Executor, Here
-from petalite.server.scheduler import Job, Scheduler
+from petalite.server.executor import Executor
+from petalite.server.scheduler import Scheduler
 from petalite.wire import messages
 from tools.simulate_sessions import faults
 from tools.simulate_sessions.matrix import PROMPT, REQUIRED, SPANS, SPARES, all_cases, judge, run_case
@@ -706,17 +706,17 @@ def tiny() -> object:
 def test_seeded_runs_whose_steps_run_at_once(seed: int, monkeypatch) -> None:
     """Under a clock that stands still while the model runs nothing is brief by itself."""
     ran = []
-    plain = Executor._run_at_once
+    plain = Executor.run_alone
 
-    def noted(executor: Executor, job: Job, here: Here) -> bool:
-        ran.append(plain(executor, job, here))
-        return ran[-1]
+    def noted(executor: Executor, *step: object) -> object:
+        ran.append(step)
+        return plain(executor, *step)
 
     monkeypatch.setattr(Scheduler, "brief", True)
-    monkeypatch.setattr(Executor, "_run_at_once", noted)
+    monkeypatch.setattr(Executor, "run_alone", noted)
     report = run_seed(tiny(), seed)
     assert report.problem == "", report
-    assert any(ran)
+    assert ran
 
 
 def test_a_seed_repeats_its_run() -> None:

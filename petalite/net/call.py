@@ -87,6 +87,23 @@ class Later:
         raise self.outcome or trio.BrokenResourceError("a wait that ended without an outcome")
 
 
+class Ready(Later):
+    """A reply that is there. What is `left` to do is done once it has been handed on, so that nobody waits for that."""
+
+    __slots__ = ("_left",)
+
+    def __init__(self, reply: Reply, left: Callable[[], None]) -> None:
+        super().__init__()
+        self.outcome = reply
+        self._left = left
+
+    def tell(self, heard: Callable[[Reply | RequestError], None]) -> None:
+        try:
+            super().tell(heard)
+        finally:
+            self._left()
+
+
 Handler = Callable[[Call], Awaitable[Reply]]
 """Returns the reply, or raises RequestError to answer with an error. Cancelled when the caller wants no reply. A plain
 function that returns a Later costs no task.

@@ -110,13 +110,17 @@ class DeviceBatch:
 def _guard(job: Job, action: Callable[[Job], None]) -> bool:
     try:
         action(job)
-    except RequestError as error:
-        job.error = error
-    except Exception as error:  # whatever torch raises ends this job alone, and is logged whole
-        what = "training pass" if job.training else "step"
-        log.warning("a %s failed in the model", what, exc_info=error)
-        job.error = RequestError(ErrorCode.INTERNAL, f"the {what} failed in the model ({type(error).__name__})")
+    except Exception as error:  # noqa: BLE001  whatever torch raises ends this job alone, see `as_answer`
+        job.error = as_answer(error, "training pass" if job.training else "step")
     return job.error is None
+
+
+def as_answer(error: Exception, what: str = "step") -> RequestError:
+    """What the peer hears of an error in the model; one that is not meant for it is logged whole."""
+    if isinstance(error, RequestError):
+        return error
+    log.warning("a %s failed in the model", what, exc_info=error)
+    return RequestError(ErrorCode.INTERNAL, f"the {what} failed in the model ({type(error).__name__})")
 
 
 def _prepare(job: Job) -> None:

@@ -78,31 +78,45 @@ class Executor:
         await self._runner(lambda: results.append(function()))
         return results[0]
 
+    def alone(self, tokens: int, session: Hashable, now: float) -> bool:
+        """Whether a step of so many tokens, over all rows, that `session` brings now may be `run_alone`: it is brief,
+        and nobody will share the model with it. Waking `run` for such a step would take two turns of the loop.
+        """
+        return self._here is not None and self._resting and self._scheduler.alone(tokens, session, now)
+
+    def run_alone(self, function: Callable[[], T]) -> T:
+        """Run the whole of a step that `alone` lets run, and which took `ran_alone`; gives what `function` does."""
+        results: list[T] = []
+        if self._here is not None:
+            self._here(lambda: results.append(function()))
+        return results[0]
+
+    def ran_alone(self, session: Hashable, group: Hashable, seconds: float, now: float) -> None:
+        """Told once the step has been answered: that takes `seconds`, and the session left to come back at `now`."""
+        self._scheduler.ran_alone(session, group, seconds, now)
+
     def add(self, job: Job) -> None:
         """Queue `job`. Then its `result` is what `finish` returned, or its `error` a RequestError: what `prepare` or
         `finish` raised, INTERNAL for anything else that went wrong.
 
-        A brief one that nobody will share the model with is settled already when this returns: waking `run` for it
-        would take two turns of the loop. Where a device does the work, it has begun.
+        Where a device does the work, a brief one that nobody will share it with has begun when this returns.
         """
-        if self._here is None or not self._resting or not self._run_at_once(job, self._here):
+        if not self._begin_at_once(job):
             self._scheduler.add(job)
         self._wake.set()
 
-    def _run_at_once(self, job: Job, here: Here) -> bool:
+    def _begin_at_once(self, job: Job) -> bool:
+        if self._here is None or not self._resting or job.training or not job.work.span.asynchronous:
+            return False
         now = trio.current_time()
-        batch = None if job.training else self._scheduler.at_once(job, now)
+        batch = self._scheduler.at_once(job, now)
         if batch is None:
             return False
-        self._resting = False  # what is added by those that hear of it waits for its turn
+        self._resting = False
         self._begin(batch)
-        if job.work.span.asynchronous:
-            device = DeviceBatch(batch)
-            here(device.begin)
-            self._begun = (batch, device, here, now)
-        else:
-            here(lambda: compute(batch, _never))
-            self._end(batch, trio.current_time() - now)
+        device = DeviceBatch(batch)
+        self._here(device.begin)
+        self._begun = (batch, device, self._here, now)
         return True
 
     def cancel(self, job: Job) -> None:

@@ -153,19 +153,31 @@ class Scheduler:
         """A short step takes less than handing it to another thread and back."""
         return 0 < self.short_seconds <= BRIEF_SECONDS
 
-    def at_once(self, job: Job, now: float) -> Batch | None:
-        """`job`, which is not queued, as a batch of its own: if it is brief, nothing else waits, and nobody is expected
-        with another while it runs. Else None, and it is to be added.
+    def alone(self, tokens: int, session: Hashable, now: float) -> bool:
+        """Whether a step of so many tokens, over all rows, that `session` brings now may run without being queued: it
+        is brief, nothing waits, and nobody is expected with another while it runs.
         """
-        if not self.brief or not job.short or len(self):
-            return None
+        if not self.brief or tokens > SHORT_TOKENS or self.wanted or self._trains:
+            return False
         self._see_off(now)
-        if job.session is not None:
-            self._gathering.came(job.session, job.came_at)
+        if session is not None:
+            self._gathering.came(session, now)
         if self._gathering.expects_by(now + self.short_seconds):
+            return False
+        self._busy_at = self._short_at = now
+        return True
+
+    def ran_alone(self, session: Hashable, group: Hashable, seconds: float, now: float) -> None:
+        """What `alone` let run took `seconds`, and has been answered."""
+        self._short_took(seconds)
+        if session is not None:
+            self._gathering.left([session], group, now)
+
+    def at_once(self, job: Job, now: float) -> Batch | None:
+        """`job`, which is not queued, as a batch of its own if it may run `alone`; else it is to be added."""
+        if job.training or not self.alone(job.size, job.session, now):
             return None
         self._load[job.owner] += job.size
-        self._busy_at = self._short_at = now
         return Batch((job,), (job.tokens,))
 
     def load(self, owner: Hashable) -> int:
@@ -332,8 +344,7 @@ class Scheduler:
             self._passing = None if job.over else job
             return
         if not batch.long:
-            self.short_seconds += (0.2 if self.short_seconds else 1.0) * (seconds - self.short_seconds)
-            self._owed -= max(LEAST_SECONDS, seconds)
+            self._short_took(seconds)
             self._answered = batch
         else:
             self._measure(batch, seconds)
@@ -344,6 +355,10 @@ class Scheduler:
                 self._begun = job
             else:
                 self._long.setdefault(job.owner, deque()).appendleft(job)
+
+    def _short_took(self, seconds: float) -> None:
+        self.short_seconds += (0.2 if self.short_seconds else 1.0) * (seconds - self.short_seconds)
+        self._owed -= max(LEAST_SECONDS, seconds)
 
     def _measure(self, batch: Batch, seconds: float) -> None:
         job = batch.jobs[0]

@@ -20,6 +20,7 @@ from petalite.wire.tensors import Descriptor
 from petalite.wire.writer import Priority
 
 StepDigest = tuple[object, ...]
+_SHORT_BODY = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,5 +184,5 @@ def _content(step: Step) -> tuple[object, ...]:
 
 
 def step_digest(step: Step, body: bytearray) -> StepDigest:
-    """What tells a step from any other: its content, the body by its SHA-256."""
-    return (*_content(step), hashlib.sha256(body).digest())
+    """What tells a step from any other: its content, and the body, or the SHA-256 of a long one."""
+    return (*_content(step), bytes(body) if len(body) <= _SHORT_BODY else hashlib.sha256(body).digest())

@@ -9,16 +9,17 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import trio
 
 from petalite import bridge, limits
+from petalite.bloom.span import Part
 from petalite.errors import ErrorCode, LocalProtocolError, RequestError
 from petalite.identity import PeerId
-from petalite.net.call import Call, Later, Reply
-from petalite.server.compute import StepWork
+from petalite.net.call import Call, Later, Ready, Reply
+from petalite.server.compute import StepWork, as_answer
 from petalite.server.executor import Executor
 from petalite.server.push import Pusher, Pushing
 from petalite.server.scheduler import SHORT_TOKENS, Job
@@ -41,6 +42,7 @@ class Steps:
         self._executor = executor
         self._pusher = pusher
         self._draining = draining
+        self._inference = torch.inference_mode()  # of the event loop's thread: making one takes as long as entering it
 
     # The requests
 
@@ -48,8 +50,12 @@ class Steps:
         """Run a step, or answer it again. A retry that comes while the first still runs waits for that one."""
         message = messages.Step.from_wire(call.head)
         _check_body(message.tensors, call.body)
-        session = self._table.find(call.peer, message.sid, trio.current_time())
+        now = trio.current_time()
+        session = self._table.find(call.peer, message.sid, now)
         self._pusher.check_route(call.peer, message.next)
+        done = self._run_alone(session, message, call, now)
+        if done is not None:
+            return Ready(self._reply(done.answer), done.settle)
         return _Want(self._table, session, call, lambda: self._admit(session, message, call), self._reply).begin()
 
     def push(self, call: Call) -> Later:
@@ -57,7 +63,8 @@ class Steps:
         message = messages.Push.from_wire(call.head)
         _check_body(message.tensors, call.body)
         owner = PeerId(message.owner)
-        session = self._table.find_pushed(call.peer, owner, message.sid, trio.current_time())
+        now = trio.current_time()
+        session = self._table.find_pushed(call.peer, owner, message.sid, now)
         self._pusher.check_route(call.peer, message.next)
         step = messages.Step(
             sid=message.sid,
@@ -77,6 +84,14 @@ class Steps:
             if error is not None:
                 self._table.refuse_awaits(session, message.n, _as_pushed(error))
 
+        try:
+            done = self._run_alone(session, step, call, now, push)
+        except RequestError as error:
+            ended(error)
+            raise
+        if done is not None:
+            done.settle()  # first of all: its owner awaits it
+            return Ready(Reply(), lambda: None)
         want = _Want(self._table, session, call, lambda: self._admit(session, step, call, push), lambda answer: Reply())
         return want.begin(ended)
 
@@ -103,10 +118,61 @@ class Steps:
         load = self._executor.load(session.owner)
         entry = self._table.admit(session, step, call.body, trio.current_time(), load=load, push=push)
         if isinstance(entry, Running) and entry.cancel is None:
-            self._start(session, entry, call.deadline)
+            self._queue(session, entry, call.deadline)
         return entry
 
-    def _start(self, session: Session, running: Running, deadline: float) -> None:
+    # A step that nobody shares the model with
+
+    def _run_alone(
+        self, session: Session, step: messages.Step, call: Call, now: float, push: object | None = None
+    ) -> _Done | None:
+        """A brief step, run; its output is on its way to the next hop already. None for one that is not the session's
+        next, or must take its place among others: nothing has happened then.
+
+        Raises RequestError where it fails; it is settled then.
+        """
+        batch, tokens, _ = step.tensors[0].shape
+        if step.n != session.n or session.in_progress or step.hypo is not None or session.span.asynchronous:
+            return None
+        if not self._executor.alone(batch * tokens, session.key, now):
+            return None
+        running = self._table.admit(session, step, call.body, now, push=push)
+        if not isinstance(running, Running):
+            return None
+        outcome = self._executor.run_alone(lambda: self._pass_through(session, running))
+        seconds = trio.current_time() - now
+
+        def settle() -> None:
+            ended = trio.current_time()
+            self._executor.ran_alone(session.key, session.span, seconds, ended)
+            self._table.settle(session, outcome, ended)
+
+        if isinstance(outcome, RequestError):
+            outcome = outcome if push is None else _as_pushed(outcome)
+            settle()
+            raise _copied(outcome)
+        self._push_on(session, step, outcome, call.deadline)
+        return _Done(outcome, settle)
+
+    def _pass_through(self, session: Session, running: Running) -> Answer | RequestError:
+        """From bytes to bytes. A step that is malformed leaves the cache as it was."""
+        step, rows = running.step, session.rows
+        batch, tokens, hidden = step.tensors[0].shape
+        cache = rows.views[0]
+        try:
+            with self._inference:
+                entering = bridge.from_wire(
+                    step.tensors[0], running.body, cache.device, cache.dtype, (batch * tokens, hidden)
+                )
+                rows.truncate(step.pos)
+                part = Part(rows, tokens, step.pos, step.pad, session.additions.prompts)
+                return _answer(session, running, session.span.step_batch(entering, (part,)))
+        except Exception as error:  # noqa: BLE001  whatever torch raises ends this step alone, see `as_answer`
+            return as_answer(error)
+
+    # Steps in a queue
+
+    def _queue(self, session: Session, running: Running, deadline: float) -> None:
         """Hand the step to the executor; when it comes back, commit it and push its output on before `deadline`."""
 
         def started() -> None:
@@ -242,6 +308,13 @@ def _copied(error: RequestError) -> RequestError:
 def _as_pushed(error: RequestError) -> RequestError:
     """Tells the owner that the step was not its own copy: it may send that, whatever was wrong with the push."""
     return RequestError(error.code, error.text, error.detail | {"pushed": True})
+
+
+class _Done(NamedTuple):
+    """A step that was run: what it is answered with, and what moves the session on."""
+
+    answer: Answer
+    settle: Callable[[], None]
 
 
 class _Want(Later):

@@ -10,7 +10,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from petalite import limits
 from petalite.errors import ErrorCode, RequestError
-from petalite.net.call import Call, Later, Reply
+from petalite.net.call import Call, Later, Ready, Reply
 from petalite.testing import Pair, endpoint_pair
 
 
@@ -151,6 +151,22 @@ async def test_a_later_can_be_awaited_where_there_is_a_task(autojump_clock: Mock
     with trio.move_on_after(1):
         await unwanted
     assert abandoned == [2]
+
+
+async def test_what_is_left_to_do_is_done_once_the_reply_was_handed_on() -> None:
+    order = []
+    ready = Ready(Reply({"x": 5}), lambda: order.append("left"))
+    ready.tell(lambda outcome: order.append(outcome))
+    assert order == [Reply({"x": 5}), "left"]
+    await _expect(Ready(Reply({"x": 5}), lambda: order.append("left")))
+    assert order.count("left") == 2
+
+    def breaks(outcome: object) -> None:
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        Ready(Reply(), lambda: order.append("left")).tell(breaks)
+    assert order.count("left") == 3
 
 
 async def _expect(later: Later) -> None:

@@ -22,6 +22,7 @@ from petalite.identity import PeerId
 from petalite.net.call import Call, Reply
 from petalite.server.blockserver import BlockServer
 from petalite.server.executor import run_inline
+from petalite.server.scheduler import Scheduler
 from petalite.wire import messages, packing
 
 CONFIG = BloomConfig(hidden_size=32, n_head=4, n_layer=4, vocab_size=11)
@@ -153,10 +154,19 @@ def tools() -> Any:
 
 
 @pytest.fixture
-def make_server(nursery: trio.Nursery) -> Callable[..., Any]:
-    """await make_server(cache_tokens=..., runner=...) -> a running BlockServer of the random model."""
+def make_server(nursery: trio.Nursery, request: Any, monkeypatch: Any) -> Callable[..., Any]:
+    """await make_server(cache_tokens=..., runner=...) -> a running BlockServer of the random model.
+
+    Where the fixture's parameter is "alone", a server without a `runner` of its own runs brief steps as soon as they
+    come, where nobody shares the model with them.
+    """
+    alone = getattr(request, "param", "queued") == "alone"
+    if alone:  # by a clock that stands still nothing is known to be brief
+        monkeypatch.setattr(Scheduler, "brief", True)
 
     async def make(start: int = 0, end: int = 4, *, cache_tokens: int = 64, **options: Any) -> BlockServer:
+        if alone and "runner" not in options:
+            options["here"] = lambda function: function()
         options.setdefault("runner", run_inline)
         server = BlockServer(make_span(start, end), MANIFEST, "random", cache_tokens=cache_tokens, **options)
         await nursery.start(server.run)

@@ -155,3 +155,36 @@ async def test_a_brief_step_is_answered_at_once_unless_another_is_expected(
     later = client.begin("step", *tools.step_message(x[:, 2:], 2, 2))
     assert (later.outcome is None) == expected
     torch.testing.assert_close(tools.output_of(tools.received(await later)), tools.make_span()(x)[:, 2:], **CLOSE)
+
+
+async def test_a_brief_step_that_fails_costs_only_itself(tools, make_server, monkeypatch, caplog) -> None:
+    """Malformed it leaves the cache as it was; failed in the model, it is cut at its position, like any other."""
+    monkeypatch.setattr(scheduler.Scheduler, "brief", True)
+    server = await make_server(runner=run_in_thread, here=lambda function: function())
+    client, x = tools.Client(server), tools.hidden(4)
+    await client.open()
+    await client.run(x[:, :2], 0, 0)
+    with pytest.raises(RequestError) as caught:
+        step, body = tools.step_message(x[:, 2:3], 1, 1)
+        await client.request("step", step, body[:-4] + b"\x00\x00\xc0\x7f")  # NaN
+    assert caught.value.code is ErrorCode.TENSOR and await client.status() == (1, 2, 16)
+    with monkeypatch.context() as broken, pytest.raises(RequestError) as caught:
+        broken.setattr(Span, "step_batch", lambda *_: 1 / 0)
+        await client.run(x[:, 2:3], 1, 1)
+    assert caught.value.code is ErrorCode.INTERNAL and "ZeroDivisionError" in caplog.text
+    assert await client.status() == (1, 1, 16)
+    output = await client.run(x[:, 1:], 1, 1)
+    torch.testing.assert_close(output, tools.make_span()(x)[:, 1:], **CLOSE)
+
+
+async def test_the_reply_of_a_brief_step_leaves_before_its_session_moves_on(tools, make_server, monkeypatch) -> None:
+    monkeypatch.setattr(scheduler.Scheduler, "brief", True)
+    server = await make_server(runner=run_in_thread, here=lambda function: function())
+    client, x = tools.Client(server), tools.hidden(2)
+    await client.open()
+    (session,) = server.table._sessions.values()
+    seen = []
+    client.begin("step", *tools.step_message(x, 0, 0)).tell(lambda outcome: seen.append((outcome, session.n)))
+    ((outcome, n),) = seen
+    assert (n, session.n, session.position) == (0, 1, 2)
+    torch.testing.assert_close(tools.output_of(tools.received(outcome)), tools.make_span()(x), **CLOSE)

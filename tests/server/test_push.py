@@ -16,6 +16,8 @@ from petalite.net.call import Call
 from petalite.wire import messages, packing
 from petalite.wire.heads import RepeatedHead
 
+pytestmark = pytest.mark.parametrize("make_server", ["queued", "alone"], indirect=True)
+
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 SPANS = [(0, 1), (1, 3), (3, 4)]
 
