@@ -97,9 +97,9 @@ def from_wire(
     if len(buffer) != size:
         raise tensor_error(descriptor, f"{len(buffer)} bytes, must be {size}")
     if size <= _FEW_BYTES and descriptor.codec == RAW and device in _HERE:
-        few = _decode_few(descriptor, buffer, dtype)
+        few = _decode_few(descriptor, buffer, dtype, shape or descriptor.shape)
         if few is not None:
-            return _as_tensor(few.reshape(shape or descriptor.shape))
+            return few
     values = _decode(descriptor, buffer, device)
     cast = values if dtype is None else values.to(dtype)
     decoded = cast is values and descriptor.codec == INT8  # its scales were looked at
@@ -124,7 +124,8 @@ def own(tensor: torch.Tensor, dtype: str) -> tuple[torch.Tensor, list[memoryview
     few = _encode_few(tensor, dtype) if tensor.nbytes <= _FEW_BYTES else None
     if few is None:
         return tensor.detach().to(_TORCH[dtype], copy=True), None
-    return _as_tensor(few), [few.data.cast("B")]
+    bits = torch.from_numpy(few)
+    return bits.view(torch.bfloat16) if dtype == "bf16" else bits, [few.data.cast("B")]
 
 
 def _encode_few(tensor: torch.Tensor, dtype: str) -> np.ndarray[Any, np.dtype[Any]] | None:
@@ -133,28 +134,21 @@ def _encode_few(tensor: torch.Tensor, dtype: str) -> np.ndarray[Any, np.dtype[An
     if dtype not in _CASTS.get(have, ()) or not tensor.is_cpu or tensor.requires_grad:
         return None
     array: np.ndarray[Any, Any] = (tensor.view(torch.int16) if have == "bf16" else tensor).numpy()
-    return array.astype(DTYPES[dtype], "C") if surely_finite(have, array.tobytes(), dtype) else None
+    kind = array.dtype if have == "bf16" else DTYPES[dtype]
+    return array.astype(kind, "C") if surely_finite(have, array.tobytes(), dtype) else None
 
 
 def _decode_few(
-    descriptor: Descriptor, buffer: Buffer, dtype: torch.dtype | None
-) -> np.ndarray[Any, np.dtype[Any]] | None:
+    descriptor: Descriptor, buffer: Buffer, dtype: torch.dtype | None, shape: tuple[int, ...]
+) -> torch.Tensor | None:
     """As `_encode_few`."""
     have = descriptor.dtype
-    want = have if dtype is None else _WIRE.get(dtype)
-    if want is None or want not in _CASTS.get(have, ()) or not surely_finite(have, buffer, want):
+    want = have if dtype is None else _WIRE.get(dtype, "")
+    if want not in _CASTS.get(have, ()) or not surely_finite(have, buffer, want):
         return None
-    array = np.frombuffer(buffer, DTYPES[have])
-    if have != want:
-        return array.astype(DTYPES[want])
-    return array if array.flags.writeable and array.flags.aligned else array.copy()
-
-
-def _as_tensor(few: np.ndarray[Any, np.dtype[Any]]) -> torch.Tensor:
-    """What `_encode_few` and `_decode_few` gave, over the same memory."""
-    if few.dtype == DTYPES["bf16"]:
-        return torch.from_numpy(few.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(few)
+    if have == want:
+        return _tensor(buffer, _TORCH[have]).view(shape)
+    return torch.from_numpy(np.frombuffer(buffer, DTYPES[have]).astype(DTYPES[want]).reshape(shape))
 
 
 def all_finite(values: torch.Tensor) -> bool:

@@ -142,6 +142,7 @@ class Calls:
 
         Raises ReplyLate too: after PIECE_SECONDS, and where `on_progress` does.
         """
+        asked = asked or self.begin_step(step)
         reply = await self._finished(asked) if asked is not None else None
         if reply is None:
             peer = step.send.hop.peer

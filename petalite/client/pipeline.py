@@ -173,7 +173,7 @@ class Pipeline:
     @property
     def due(self) -> int:
         """Tokens of a row that the hop furthest behind has still to do."""
-        return self.target - min((hop.position for hop in self.hops), default=self.target)
+        return self.target - min([hop.position for hop in self.hops], default=self.target)
 
     @property
     def done_tokens(self) -> int:

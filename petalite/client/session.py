@@ -177,7 +177,9 @@ class InferenceSession:
         """
         pipeline = self._pipeline
         self._check_size(hidden, last)
-        values = await self._intervene(0, self._calls.own(hidden))
+        values = self._calls.own(hidden)
+        if self._interventions:
+            values = await self._intervene(0, values)
         self._hand_over()
         # Whoever intervenes behind the last block gets all.
         pipeline.feed(values, None if self._terms.layers in self._interventions else last)
@@ -187,7 +189,9 @@ class InferenceSession:
                 await self._advance(pipeline.ready(push=self._may_push()))
                 if progress is not None:
                     progress(pipeline.done_tokens)
-            output = await self._intervene(self._terms.layers, pipeline.output)
+            output = pipeline.output
+            if self._interventions:
+                output = await self._intervene(self._terms.layers, output)
         except BaseException:
             pipeline.abandon()
             raise

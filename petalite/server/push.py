@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -50,8 +49,7 @@ class Pushing:
 
     @property
     def session(self) -> object:
-        """Which session's it is at `peer`."""
-        return (self.owner, self.head["sid"])
+        return (self.owner, self.sid)
 
 
 class Pusher:
@@ -64,7 +62,7 @@ class Pusher:
         self._send: Send | None = None
         self._connected: Callable[[PeerId], PeerConnection | None] = lambda peer: None
         self._nursery: trio.Nursery | None = None
-        self._under_way: Counter[object] = Counter()
+        self._under_way: dict[object, int] = {}  # by session
 
     def enable(
         self, own: PeerId, send: Send, connected: Callable[[PeerId], PeerConnection | None] = lambda peer: None
@@ -96,7 +94,8 @@ class Pusher:
 
         What a stalled peer keeps from leaving is bounded: MAX_PUSHES of a session, PUSH_SECONDS each.
         """
-        if self._nursery is None or self._under_way[pushing.session] >= limits.MAX_PUSHES:
+        under_way = self._under_way.get(pushing.session, 0)
+        if self._nursery is None or under_way >= limits.MAX_PUSHES:
             self._failed(pushing, "too many are under way")
             return
         deadline = min(pushing.deadline, trio.current_time() + limits.PUSH_SECONDS)
@@ -108,7 +107,7 @@ class Pusher:
                 self._failed(pushing, error)
                 return
             begun = (connection, request)
-        self._under_way[pushing.session] += 1
+        self._under_way[pushing.session] = under_way + 1
         self._nursery.start_soon(self._see_through, pushing, deadline, begun)
 
     async def _see_through(
@@ -124,7 +123,9 @@ class Pusher:
         except (PetaliteError, trio.TooSlowError) as error:
             self._failed(pushing, error)
         finally:
-            self._under_way -= Counter({pushing.session: 1})
+            self._under_way[pushing.session] -= 1
+            if not self._under_way[pushing.session]:
+                del self._under_way[pushing.session]
 
     def _failed(self, pushing: Pushing, error: Exception | str) -> None:
         log.info("push of step %d to peer %s.. failed: %s", pushing.n, pushing.peer.short, error or "deadline passed")
