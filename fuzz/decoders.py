@@ -5,7 +5,8 @@ What was decoded must also survive being encoded and decoded again: a value that
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from petalite.wire import certificate, frames, packing, tensors
 from petalite.wire.heads import RepeatedHead, encode_head
 from petalite.wire.hello import Hello
 from petalite.wire.messages import METHODS, Step
+from petalite.wire.repeats import Repeats
 from petalite.wire.training import TRAINING_METHODS
 
 Target = Callable[[bytes], None]
@@ -54,6 +56,29 @@ def fuzz_frames(data: bytes) -> None:
     if isinstance(frame, frames.Data):
         frame = frames.Data(frame.stream, frame.end, bytes(frame.body))
     check(frames.decode(memoryview(frames.encode(frame))) == frame, "another frame after a round trip")
+
+
+def fuzz_repeats(data: bytes) -> None:
+    """Frames on a connection that has seen some already, against the decoder that has seen none."""
+    repeats = Repeats()
+    for stream in (1, 3):
+        repeats.decode(memoryview(step_frame({"sid": STATIC, "n": stream, "size": 8}, stream)))
+    for _ in range(2):  # seen once, it is known itself
+        try:
+            frame: object = frames.decode(memoryview(data))
+        except RemoteProtocolError as error:
+            frame = error.code, str(error)
+        try:
+            found: object = repeats.decode(memoryview(data))
+        except RemoteProtocolError as error:
+            found = error.code, str(error)
+        check(found == frame, "another frame than the decoder's")
+
+
+def step_frame(head: Mapping[str, Any], stream: int = 5) -> bytes:
+    """A step with `head` and a body of eight bytes, as a connection writes it."""
+    start = frames.encode_req(True, "step", packing.encode(dict(head), within=1))
+    return frames.with_stream(frames.with_body(start, 8), stream) + bytes(8)
 
 
 def fuzz_hello(data: bytes) -> None:
@@ -117,6 +142,10 @@ def fuzz_messages(data: bytes) -> None:
     check(kind.from_wire(again) == made, "another message after a round trip")
     repeated = RepeatedHead(made.template("n", "pos"), **{name: again[name] for name in ("n", "pos") if name in again})
     check(packing.decode(encode_head(repeated, {})) == again, "another message by way of a template")
+    repeats = Repeats()
+    for _ in range(3):  # of a frame that is known, its head is known too the second time
+        frame = repeats.decode(memoryview(step_frame(again)))
+        check(isinstance(frame, frames.Req) and kind.from_wire(frame.head) == made, "another message from a known head")
 
 
 def _verify(public_key: bytes, signature: bytes, message: bytes) -> bool:
@@ -187,6 +216,7 @@ def fuzz_addresses(data: bytes) -> None:
 TARGETS: dict[str, Target] = {
     "packing": fuzz_packing,
     "frames": fuzz_frames,
+    "repeats": fuzz_repeats,
     "hello": fuzz_hello,
     "certificate": fuzz_certificate,
     "tensors": fuzz_tensors,

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from fuzz.decoders import step_frame
 from petalite.dht import messages as dht
 from petalite.dht.contacts import Contact
 from petalite.identity import Identity, PeerId
@@ -96,6 +97,13 @@ def _frames() -> Iterator[bytes]:
     yield from chapter_bytes("02")
     yield from chapter_bytes("03")
     yield from vector_bytes("frames")
+
+
+def _repeats() -> Iterator[bytes]:
+    for number in (4, 200, 70_000, 2**40):
+        yield step_frame({"sid": bytes(range(32)), "n": number, "size": 8}, 2 * number + 1)
+        yield step_frame({"n": number, "size": 8, "t": [{"s": [1, 1, 4]}], "pos": number}, number)
+    yield from _frames()
 
 
 def _packing() -> Iterator[bytes]:
@@ -272,6 +280,7 @@ def _connection() -> Iterator[bytes]:
 _SEEDS = {
     "packing": _packing,
     "frames": _frames,
+    "repeats": _repeats,
     "hello": _hello,
     "certificate": _certificate,
     "tensors": _tensors,

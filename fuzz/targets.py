@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # the engine instruments what is imported later
     from fuzz.decoders import Target
 
-_DECODERS = "packing frames hello certificate tensors messages dht_records dht_messages txt addresses"
+_DECODERS = "packing frames repeats hello certificate tensors messages dht_records dht_messages txt addresses"
 MODULES = {
     "fuzz.decoders": tuple(_DECODERS.split()),
     "fuzz.models": ("manifest",),
