@@ -10,7 +10,6 @@ import ctypes
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +25,8 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PREFIX = "transformer."
 MAX_HEADER = 100_000_000  # as the safetensors library
-READ_BYTES = 4 * 2**20
-# Beyond this many no disk keeps up.
-HASHING_THREADS = min(4, os.cpu_count() or 1)
+# Read at a time: small enough to be in the processor's cache still when it is hashed and converted.
+READ_BYTES = 2**19
 
 DTYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -129,14 +127,21 @@ class Checkpoint:
             )
         return info
 
-    def read(self, info: TensorInfo, into: Tensor) -> None:
-        """Fill `into` (CPU, contiguous, of the file's dtype and shape) with the tensor."""
-        view = _bytes_of(into)
+    def read(self, info: TensorInfo, into: Tensor, sha: hashlib._Hash | None = None) -> None:
+        """Fill `into` (CPU, contiguous, of the tensor's shape) in its own dtype; `sha` gets the bytes of the file."""
+        flat, dtype = into.view(-1), DTYPES[info.dtype]
+        step = READ_BYTES // dtype.itemsize
+        other = torch.empty(min(step, flat.numel()), dtype=dtype) if into.dtype != dtype else None
         with _open(info.path) as file:
             file.seek(info.begin)
-            for first in range(0, info.nbytes, READ_BYTES):
-                piece = view[first : min(first + READ_BYTES, info.nbytes)]
+            for part in torch.split(flat, step):
+                raw = part if other is None else other[: part.numel()]
+                piece = _bytes_of(raw)
                 _read_exactly(file, piece, info)
+                if sha is not None:
+                    sha.update(piece)
+                if other is not None:
+                    part.copy_(raw)
 
     def digest(self, info: TensorInfo) -> str:
         """SHA-256 of a tensor's bytes in hex, in bounded memory."""
@@ -236,11 +241,6 @@ def _read_exactly(file: BinaryIO, piece: memoryview, info: TensorInfo) -> None:
         if not n:
             raise CheckpointError(f"{info.path}: truncated within tensor {info.name}")
         done += n
-
-
-def sha256_of(tensor: Tensor) -> str:
-    """SHA-256 of the bytes of a contiguous CPU tensor, in hex."""
-    return hashlib.sha256(_bytes_of(tensor)).hexdigest()
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

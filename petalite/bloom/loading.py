@@ -1,24 +1,32 @@
 """From a checkpoint to modules: a span of blocks, the embeddings, the head (spec: model).
 
-At most two tensors exist twice at any moment: the one that is being converted, quantized or moved to the device, and
-the one read before it.
+A tensor is read, hashed and converted piece by piece, and nothing exists twice but what is being quantized, packed or
+moved to the device: a matrix for each of three threads, a block's copy at most.
 """
 
 from __future__ import annotations
 
+import hashlib
+import math
+import mmap
+import threading
 from collections import deque
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import closing
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
-from typing import Literal, Self, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from petalite.bloom.blocks import Block, Embeddings, Head
-from petalite.bloom.checkpoint import DTYPES, HASHING_THREADS, Checkpoint, TensorInfo, block_prefix, sha256_of
+from petalite.bloom.checkpoint import Checkpoint, block_prefix
+from petalite.bloom.config import BloomConfig
 from petalite.bloom.manifest import Manifest
 from petalite.bloom.packed import packed, products, why_not_packed
+from petalite.bloom.parallel import in_order
 from petalite.bloom.quantize import Int8Linear, quantize_rows
 from petalite.bloom.span import Span
 from petalite.errors import CheckpointError
@@ -43,24 +51,22 @@ def load_span(
     """Load blocks [start, end) and nothing else, in `dtype` or with int8 weights, on `device`.
 
     `pack`: with the weights packed for this processor, where that can be. So they are written to fresh memory once,
-    which is what takes the time. With `manifest` every tensor's bytes are checked on their way. `progress` is called
-    first and after each block.
+    which may take as long as hashing them. With `manifest` every tensor's bytes are checked on their way. `progress` is
+    called first and after each block.
 
     Raises `CheckpointError` when the checkpoint or the range is wrong.
     """
     blocks: list[Block] = []
     report = progress or (lambda done, total: None)
-    with _Reader(directory, dtype, device, manifest, pack) as reader:
-        config = reader.checkpoint.config
-        if not 0 <= start < end <= config.n_layer:
-            raise CheckpointError(f"{directory}: has blocks 0:{config.n_layer}, cannot serve {start}:{end}")
-        report(0, end - start)
-        for index in range(start, end):
-            with torch.device("meta"):
-                block = Block(config)
-            if quantize == "int8":
-                use_int8(block)
-            blocks.append(reader.fill(block, block_prefix(index)))
+    reader = _Reader(directory, dtype, device, manifest, pack)
+    config = reader.checkpoint.config
+    if not 0 <= start < end <= config.n_layer:
+        raise CheckpointError(f"{directory}: has blocks 0:{config.n_layer}, cannot serve {start}:{end}")
+    report(0, end - start)
+    empty = [(_empty(config, quantize), block_prefix(index)) for index in range(start, end)]
+    with closing(reader.fill(empty)) as filled:
+        for block in filled:
+            blocks.append(block)
             report(len(blocks), end - start)
     return Span(config, start, end, blocks)
 
@@ -73,10 +79,11 @@ def load_embeddings(
     manifest: Manifest | None = None,
 ) -> Embeddings:
     """Load the word embeddings and their norm. Raises `CheckpointError`."""
-    with _Reader(directory, dtype, device, manifest) as reader:
-        with torch.device("meta"):
-            embeddings = Embeddings(reader.checkpoint.config)
-        return reader.fill(embeddings, "")
+    reader = _Reader(directory, dtype, device, manifest)
+    with torch.device("meta"):
+        embeddings = Embeddings(reader.checkpoint.config)
+    (filled,) = reader.fill([(embeddings, "")])
+    return filled
 
 
 def load_head(
@@ -91,23 +98,21 @@ def load_head(
 
     Raises `CheckpointError`.
     """
-    with _Reader(directory, dtype, device, manifest) as reader:
-        config = reader.checkpoint.config
-        with torch.device("meta"):
-            head = Head(config)
-        tied = config.tie_word_embeddings
-        if tied and embeddings is not None:
-            head.lm_head.weight = embeddings.word_embeddings.weight
-            reader.fill(head.ln_f, "ln_f.")
-            return head
-        return reader.fill(head, "", {"lm_head.weight": "word_embeddings.weight"} if tied else {})
+    reader = _Reader(directory, dtype, device, manifest)
+    config = reader.checkpoint.config
+    with torch.device("meta"):
+        head = Head(config)
+    tied = config.tie_word_embeddings
+    if tied and embeddings is not None:
+        head.lm_head.weight = embeddings.word_embeddings.weight
+        (head.ln_f,) = reader.fill([(head.ln_f, "ln_f.")])
+        return head
+    (filled,) = reader.fill([(head, "")], {"lm_head.weight": "word_embeddings.weight"} if tied else None)
+    return filled
 
 
 class _Reader:
-    """Fills modules on the meta device from one checkpoint. A context manager: what was filled counts once it is left.
-
-    Tensors are hashed beside the reading, several at once: one core hashes no faster than a good disk reads.
-    """
+    """Fills modules on the meta device from one checkpoint, several tensors at once, each in a thread."""
 
     def __init__(
         self,
@@ -124,90 +129,88 @@ class _Reader:
         self.packs = pack and not why_not_packed(self.device, dtype)
         if manifest is not None:
             manifest.check_config(self.checkpoint.config, self.checkpoint.directory)
-        # Two buffers: one is hashed while the other is read.
-        empty = torch.empty(0, dtype=torch.uint8)
-        self._scratch: deque[tuple[Tensor, Future[None] | None]] = deque([(empty, None), (empty, None)])
-        self._wide = torch.empty(0, dtype=dtype)
-        self._hashing = ThreadPoolExecutor(HASHING_THREADS)
-        self._checks: list[Future[None]] = []
+        self._scratch = _Scratch()
 
-    def __enter__(self) -> Self:
-        return self
+    def fill(
+        self, modules: Iterable[tuple[M, str]], aliases: Mapping[str, str] | None = None
+    ) -> Generator[M, None, None]:
+        """Give every parameter of each module its tensor: the module's prefix + its own name, or what `aliases` says.
 
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        """Raises `CheckpointError` for the first tensor that is not the manifest's."""
-        self._hashing.shutdown(cancel_futures=kind is not None)
-        if kind is None:
-            for check in self._checks:
-                check.result()
+        A module comes when it is filled; meanwhile the next ones are being read.
+        """
+        work = [(module, list(self._jobs(module, prefix, aliases or {}))) for module, prefix in modules]
+        with closing(in_order(chain.from_iterable(jobs for _, jobs in work))) as done:
+            for module, jobs in work:
+                deque(islice(done, len(jobs)), maxlen=0)
+                yield module.eval()
 
-    def fill(self, module: M, prefix: str, aliases: dict[str, str] | None = None) -> M:
-        """Give every parameter of `module` its tensor: `prefix` + its own name, or what `aliases` says."""
-        tensors: dict[str, Tensor] = {}
-        packing = products(module) if self.packs else []
-        later = {f"{name}.weight" for name, linear in packing if isinstance(linear, nn.Linear)}
+    def _jobs(self, module: nn.Module, prefix: str, aliases: Mapping[str, str]) -> Iterator[Callable[[], None]]:
+        changed = {name: part for name, part in products(module) if self.packs or isinstance(part, Int8Linear)}
+        for name, linear in changed.items():
+            yield partial(self._change, module, name, linear, prefix + name)
         for name, _ in module.named_parameters():
-            if name not in later:
-                tensors[name] = self._tensor((aliases or {}).get(name, prefix + name))
-        for name, child in module.named_modules():
-            if isinstance(child, Int8Linear):
-                full = f"{prefix}{name}.weight"
-                try:
-                    codes, scale = quantize_rows(self._raw(full))
-                except ValueError as error:
-                    raise CheckpointError(f"{self.checkpoint.directory}: tensor {full}: {error}") from error
-                tensors[f"{name}.weight"] = codes.to(self.device)
-                tensors[f"{name}.scale"] = scale.to(self.device)
-        module.load_state_dict(tensors, assign=True, strict=not later)
-        for name, linear in packing:
-            if isinstance(linear, nn.Linear):
-                weight = self._converted(self._raw(f"{prefix}{name}.weight"))
-                linear.weight = nn.Parameter(weight, requires_grad=False)
+            if name.rpartition(".")[0] not in changed:
+                yield partial(self._set, module, name, aliases.get(name, prefix + name))
+
+    def _set(self, module: nn.Module, name: str, source: str) -> None:
+        """One parameter, as it is in the checkpoint."""
+        parent, _, own = name.rpartition(".")
+        setattr(module.get_submodule(parent), own, nn.Parameter(self._tensor(source), requires_grad=False))
+
+    def _change(self, module: nn.Module, name: str, linear: nn.Linear | Int8Linear, source: str) -> None:
+        """A linear layer whose weight is quantized or packed, or both."""
+        self._set(linear, "bias", f"{source}.bias")
+        if isinstance(linear, Int8Linear):
+            try:
+                codes, scale = quantize_rows(self._copy(f"{source}.weight", torch.float32))
+            except ValueError as error:
+                raise CheckpointError(f"{self.checkpoint.directory}: tensor {source}.weight: {error}") from error
+            linear.weight, linear.scale = codes.to(self.device), scale.to(self.device)
+        else:
+            linear.weight = nn.Parameter(self._copy(f"{source}.weight", self.dtype), requires_grad=False)
+        if self.packs:
             module.set_submodule(name, packed(linear))
-        module.requires_grad_(False)
-        return module.eval()
 
     def _tensor(self, name: str) -> Tensor:
-        """In our dtype, on our device. Read straight into its final place where file and target agree."""
-        info = self.checkpoint.find(name)
-        if DTYPES[info.dtype] == self.dtype and self.device.type == "cpu":
-            tensor = torch.empty(info.shape, dtype=self.dtype)
-            self._read(name, tensor)
-            return tensor
-        return self._raw(name).to(device=self.device, dtype=self.dtype, copy=True)
+        """In our dtype, on our device. Read straight into its final place on a CPU."""
+        if self.device.type != "cpu":
+            return self._copy(name, self.dtype).to(self.device, copy=True)
+        return self._read(name, torch.empty(self.checkpoint.find(name).shape, dtype=self.dtype))
 
-    def _raw(self, name: str) -> Tensor:
-        """In the file's dtype, in a scratch buffer that the next call leaves alone and the one after it overwrites."""
-        info = self.checkpoint.find(name)
-        scratch, hashed = self._scratch.popleft()
-        if hashed is not None:
-            hashed.result()
-        if scratch.numel() < info.nbytes:
-            scratch = torch.empty(info.nbytes, dtype=torch.uint8)
-        tensor = scratch[: info.nbytes].view(DTYPES[info.dtype]).view(info.shape)
-        self._scratch.append((scratch, self._read(name, tensor)))
-        return tensor
+    def _copy(self, name: str, dtype: torch.dtype) -> Tensor:
+        """In memory that this thread's next call overwrites."""
+        return self._read(name, self._scratch.tensor(self.checkpoint.find(name).shape, dtype))
 
-    def _converted(self, raw: Tensor) -> Tensor:
-        """`raw`, or the same in our dtype in a buffer that the next call overwrites."""
-        if raw.dtype == self.dtype:
-            return raw
-        if self._wide.numel() < raw.numel():
-            self._wide = torch.empty(raw.numel(), dtype=self.dtype)
-        return self._wide[: raw.numel()].view(raw.shape).copy_(raw)
+    def _read(self, name: str, into: Tensor) -> Tensor:
+        info, sha = self.checkpoint.find(name), hashlib.sha256()
+        self.checkpoint.read(info, into, sha if self.manifest else None)
+        if self.manifest:
+            self.manifest.check_tensor(name, info, sha.hexdigest())
+        return into
 
-    def _read(self, name: str, into: Tensor) -> Future[None] | None:
-        """Read a tensor; what is returned is done when its hash has been compared."""
-        info = self.checkpoint.find(name)
-        self.checkpoint.read(info, into)
-        if self.manifest is None:
-            return None
-        self._checks = [check for check in self._checks if not check.done() or check.result()]
-        self._checks.append(self._hashing.submit(self._check, self.manifest, name, info, into))
-        return self._checks[-1]
 
-    def _check(self, manifest: Manifest, name: str, info: TensorInfo, tensor: Tensor) -> None:
-        manifest.check_tensor(name, info, sha256_of(tensor))
+class _Scratch(threading.local):
+    """Memory for a tensor that is soon something else, one for each thread: fresh pages cost more than their use.
+
+    Straight from the system, where it goes as soon as the thread ends; what torch frees may stay with the process.
+    """
+
+    def __init__(self) -> None:
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+
+    def tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        nbytes = math.prod(shape) * dtype.itemsize
+        if self._bytes.numel() < nbytes:
+            self._bytes = torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
+        return self._bytes[:nbytes].view(dtype).view(shape)
+
+
+def _empty(config: BloomConfig, quantize: Quantize) -> Block:
+    with torch.device("meta"):
+        block = Block(config)
+    if quantize == "int8":
+        use_int8(block)
+    return block
 
 
 def use_int8(block: nn.Module) -> None:

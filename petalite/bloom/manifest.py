@@ -9,21 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import json
 import os
 import re
 import struct
-from collections import deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from petalite.bloom.checkpoint import DTYPES, HASHING_THREADS, Checkpoint, TensorInfo, tensor_shapes
+from petalite.bloom.checkpoint import DTYPES, Checkpoint, TensorInfo, tensor_shapes
 from petalite.bloom.config import BloomConfig
+from petalite.bloom.parallel import in_order
 from petalite.errors import CheckpointError
 
 MANIFEST_FILE = "petalite-manifest.json"
@@ -124,19 +122,13 @@ def make_manifest(directory: Path | str, progress: Callable[[int, int], None] | 
     infos = {name: checkpoint.find(name) for name in tensor_shapes(checkpoint.config)}
     total, done = sum(info.nbytes for info in infos.values()), 0
     entries: dict[str, TensorEntry] = {}
-    left = iter(infos.items())
-    hashing: deque[tuple[str, TensorInfo, Future[str]]] = deque()
-    with ThreadPoolExecutor(HASHING_THREADS) as threads:
-        while True:
-            # Few at a time, so that nothing is left to do when this is given up.
-            for name, info in itertools.islice(left, HASHING_THREADS - len(hashing)):
-                hashing.append((name, info, threads.submit(checkpoint.digest, info)))
-            report(done, total)
-            if not hashing:
-                return Manifest(_numbers_only(checkpoint.config), entries)
-            name, info, digest = hashing.popleft()
-            entries[name] = TensorEntry(info.dtype, info.shape, digest.result())
+    report(0, total)
+    with contextlib.closing(in_order(partial(checkpoint.digest, info) for info in infos.values())) as digests:
+        for (name, info), digest in zip(infos.items(), digests, strict=True):
+            entries[name] = TensorEntry(info.dtype, info.shape, digest)
             done += info.nbytes
+            report(done, total)
+    return Manifest(_numbers_only(checkpoint.config), entries)
 
 
 def load_or_make(directory: Path | str, progress: Callable[[int, int], None] | None = None) -> Manifest:

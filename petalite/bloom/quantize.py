@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Output channels turned back into floats at a time: the temporary copy stays in the processor's cache, not in memory.
+# Weights turned into codes, or back into floats, at a time: temporary copies stay in the processor's cache.
 _CHUNK_ELEMENTS = 2**18
 
 
@@ -17,12 +17,17 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     that is 1/254 of the largest weight of its row (a row of zeros gets scale 0). Raises `ValueError` where a weight is
     not finite.
     """
-    weight = weight.to(torch.float32)
-    scale = weight.abs().amax(dim=1) / 127
+    codes = torch.empty_like(weight, dtype=torch.int8)
+    scale = torch.empty(weight.shape[0], device=weight.device)
+    chunk = max(1, _CHUNK_ELEMENTS // weight.shape[1])
+    chunks = zip(*(torch.split(each, chunk) for each in (weight, codes, scale)), strict=True)
+    for rows, their_codes, their_scale in chunks:
+        rows = rows.to(torch.float32)
+        their_scale.copy_(rows.abs().amax(dim=1) / 127)
+        divisor = torch.where(their_scale > 0, their_scale, 1)
+        their_codes.copy_((rows / divisor[:, None]).round_().clamp_(-127, 127))
     if not bool(torch.isfinite(scale).all()):
         raise ValueError("weights that are not finite cannot be quantized")
-    divisor = torch.where(scale > 0, scale, torch.ones_like(scale))
-    codes = (weight / divisor[:, None]).round_().clamp_(-127, 127).to(torch.int8)
     return codes, scale
 
 

@@ -89,6 +89,15 @@ def test_every_weight_is_within_half_a_scale():
     assert scale[5] == 0
 
 
+def test_a_large_weight_is_quantized_in_chunks_as_in_one(monkeypatch):
+    from petalite.bloom import quantize
+
+    weight = torch.randn(50, 70, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    whole = quantize_rows(weight)
+    monkeypatch.setattr(quantize, "_CHUNK_ELEMENTS", 70 * 7)
+    assert all(map(torch.equal, quantize_rows(weight), whole))
+
+
 def test_weights_that_are_not_finite_are_refused():
     weight = torch.ones(2, 2)
     weight[1, 0] = float("nan")

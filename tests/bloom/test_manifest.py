@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import petalite
 from petalite import limits
+from petalite.bloom import checkpoint
 from petalite.bloom.checkpoint import Checkpoint
 from petalite.bloom.config import BloomConfig
 from petalite.bloom.loading import load_embeddings, load_head, load_span
@@ -154,6 +155,26 @@ def test_one_changed_bit_is_found_and_named(tmp_path, name, load):
     with pytest.raises(CheckpointError, match=f"tensor {name} has SHA-256 .* delete petalite-manifest.json"):
         load(tmp_path, manifest)
     load_span(tmp_path, 0, 1, manifest=manifest)  # untouched blocks are as good as ever
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"dtype": torch.float16}, {"pack": True}, {"pack": True, "dtype": torch.bfloat16}, {"quantize": "int8"}]
+)
+def test_a_changed_bit_in_any_piece_is_found(tmp_path, monkeypatch, how):
+    """The bytes are hashed piece by piece: the first, the last, and both sides of each border count."""
+    write_checkpoint(tmp_path, CONFIG)
+    manifest = load_or_make(tmp_path)
+    monkeypatch.setattr(checkpoint, "READ_BYTES", 1000)
+    load_span(tmp_path, 1, 2, manifest=manifest, **how)
+    name = "h.1.mlp.dense_h_to_4h.weight"  # 9,216 bytes
+    info = Checkpoint(tmp_path).find(name)
+    good = (tmp_path / "model.safetensors").read_bytes()
+    for at in [0, info.nbytes - 1, *(1000 * piece + side for piece in range(1, 10) for side in (-1, 0))]:
+        bad = bytearray(good)
+        bad[info.begin + at] ^= 1
+        (tmp_path / "model.safetensors").write_bytes(bad)
+        with pytest.raises(CheckpointError, match=f"tensor {name} has SHA-256"):
+            load_span(tmp_path, 1, 2, manifest=manifest, **how)
 
 
 def test_another_dtype_or_config_is_found(tmp_path):
