@@ -11,7 +11,7 @@ import ipaddress
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -269,6 +269,25 @@ def generation_options(command: Command) -> Command:
 
 
 # --- the swarm -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeOptions:
+    """What `petalite serve` was asked to do."""
+
+    model: str
+    blocks: tuple[int, int] | None
+    num_blocks: int | None
+    listen: HostPort | None
+    announce: HostPort | None
+    dtype: str
+    quantize: str | None
+    device: str
+    cache: int | None
+    idle: float | None
+    push: bool
+    adapter: Mapping[str, Path]
+    json: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,34 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
-from petalite.cli.options import ANNOUNCE, DEVICE, LISTEN, SIZE, HostPort, SwarmOptions, swarm_options
+from petalite.cli.options import ANNOUNCE, DEVICE, LISTEN, SIZE, ServeOptions, SwarmOptions, swarm_options
 from petalite.limits import MAX_ADAPTERS, MAX_WORD
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServeOptions:
-    """What `petalite serve` was asked to do."""
-
-    model: str
-    blocks: tuple[int, int] | None
-    num_blocks: int | None
-    listen: HostPort | None
-    announce: HostPort | None
-    dtype: str
-    quantize: str | None
-    device: str
-    cache: int | None
-    idle: float | None
-    push: bool
-    adapter: Mapping[str, Path]
-    json: bool
 
 
 def _blocks(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, int] | None:

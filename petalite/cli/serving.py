@@ -22,9 +22,8 @@ from petalite.cli.devices import usable_device
 from petalite.cli.identities import server_identity
 from petalite.cli.listening import listen_as_told
 from petalite.cli.memory import bound_onednn, free_memory, return_freed_memory
-from petalite.cli.options import SwarmOptions
+from petalite.cli.options import ServeOptions, SwarmOptions
 from petalite.cli.output import Advance, emit_json, notice, progress
-from petalite.cli.serve import ServeOptions
 from petalite.errors import GoAwayCode, PetaliteError
 from petalite.limits import SESSION_IDLE_SECONDS
 from petalite.models import blocks_part, find_model, model_name
