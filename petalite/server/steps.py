@@ -6,30 +6,28 @@ dropped when nobody does.
 
 from __future__ import annotations
 
-import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import trio
 
 from petalite import bridge, limits
 from petalite.bloom.span import Part
-from petalite.errors import ErrorCode, LocalProtocolError, RequestError
+from petalite.errors import ErrorCode, RequestError
 from petalite.identity import PeerId
 from petalite.net.call import Call, Later, Ready, Reply
+from petalite.server.answers import answer_of, answer_with, push_head, stays_raw
 from petalite.server.compute import StepWork, as_answer
 from petalite.server.executor import Executor
 from petalite.server.push import Pusher, Pushing
-from petalite.server.scheduler import SHORT_TOKENS, Job
+from petalite.server.scheduler import Job
 from petalite.server.sessions import Answer, Running, Session, Watcher
 from petalite.server.state import SessionState
 from petalite.server.table import SessionTable
 from petalite.wire import messages
-from petalite.wire.heads import RepeatedHead, Template
-from petalite.wire.tensors import RAW, Descriptor, total_size
-from petalite.wire.writer import Priority
+from petalite.wire.tensors import Descriptor, total_size
 
 log = logging.getLogger("petalite.server")
 
@@ -166,7 +164,7 @@ class Steps:
                 )
                 rows.truncate(step.pos)
                 part = Part(rows, tokens, step.pos, step.pad, session.additions.prompts)
-                return _answer(session, running, session.span.step_batch(entering, (part,)))
+                return answer_of(session, step, session.span.step_batch(entering, (part,)))
         except Exception as error:  # noqa: BLE001  whatever torch raises ends this step alone, see `as_answer`
             return as_answer(error)
 
@@ -194,7 +192,7 @@ class Steps:
         step = running.step
         batch, tokens, hidden = step.tensors[0].shape
         span = session.span
-        raw = running.body if span.asynchronous and tokens == 1 and _stays_raw(step.tensors[0], session) else None
+        raw = running.body if span.asynchronous and tokens == 1 and stays_raw(step.tensors[0], session) else None
         work = StepWork(span, session.rows, step.pos, step.pad, step.hypo, session.additions.prompts, raw)
         job = Job(
             owner=session.owner,
@@ -208,8 +206,8 @@ class Steps:
                 step.tensors[0], running.body, span.entry_device(batch * tokens), span.dtype, (batch * tokens, hidden)
             ),
             meanwhile=running.take_digest,
-            finish=lambda output: _answer(session, running, output),
-            finish_raw=lambda data: _answer_with(step, step.tensors[0], (memoryview(data),)),
+            finish=lambda output: answer_of(session, step, output),
+            finish_raw=lambda data: answer_with(step, step.tensors[0], (memoryview(data),)),
             started=started,
             settled=settled,
             work=work,
@@ -224,7 +222,7 @@ class Steps:
         pushing = Pushing(
             peer=PeerId(step.next[0].peer),
             owner=session.owner,
-            head=_push_head(session, step, step.next, answer.tensors),
+            head=push_head(session, step, step.next, answer.tensors),
             body=answer.body,
             priority=answer.priority,
             deadline=deadline,
@@ -232,63 +230,6 @@ class Steps:
             n=step.n,
         )
         self._pusher.start(pushing)
-
-
-def _answer(session: Session, running: Running, output: torch.Tensor) -> Answer:
-    """In the worker thread: the output as it goes on the wire."""
-    step, opened = running.step, session.open
-    batch, tokens, hidden = step.tensors[0].shape
-    if step.answered < tokens:  # cut while it is on its device: what nobody wants is not worth the way
-        output = output.reshape(batch, tokens, hidden)[:, -step.answered :]
-    try:
-        shape = (batch, step.answered, hidden)
-        tensor, body = bridge.to_wire(output, opened.dtype, opened.codec, shape=shape)
-    except LocalProtocolError as error:
-        raise RequestError(ErrorCode.TENSOR, f"the result cannot be sent: {error}", {"retry": False}) from error
-    return _answer_with(step, tensor, body)
-
-
-def _answer_with(step: messages.Step, tensor: Descriptor, body: Sequence[memoryview]) -> Answer:
-    batch, tokens, _ = tensor.shape
-    head = RepeatedHead(_reply_template(tensor), n=step.n, pos=step.pos + step.tensors[0].shape[1])
-    return Answer(head, body, (tensor,), Priority.STEP if batch * tokens <= SHORT_TOKENS else Priority.BULK)
-
-
-@functools.lru_cache(maxsize=64)
-def _reply_template(tensor: Descriptor) -> Template:
-    return messages.StepReply(n=0, pos=0, tensors=(tensor,)).template("n", "pos")
-
-
-def _push_head(
-    session: Session, step: messages.Step, route: Sequence[messages.Hop], tensors: tuple[Descriptor, ...]
-) -> Mapping[str, Any]:
-    """The pushes of a decoding differ in two numbers only."""
-    first, *rest = route
-    n = step.n if first.n is None else first.n
-    like = (route, step.hypo, step.pad, step.last, tensors)
-    if session.pushed is not None and session.pushed[0] == like:
-        return RepeatedHead(session.pushed[1], n=n, pos=step.pos)
-    push = messages.Push(
-        owner=bytes(session.owner),
-        sid=first.sid,
-        n=n,
-        pos=step.pos,
-        hypo=step.hypo,
-        pad=step.pad,
-        last=step.last,
-        next=tuple(rest) or None,
-        tensors=tensors,
-    )
-    if all(hop.n is None for hop in route):  # else numbers of the route differ too
-        session.pushed = (like, push.template("n", "pos"))
-    return push.to_wire()
-
-
-def _stays_raw(tensor: Descriptor, session: Session) -> bool:
-    """Whether hidden states come and go as the very bytes that the blocks work with."""
-    opened = session.open
-    raw = tensor.codec == opened.codec == RAW
-    return raw and tensor.dtype == opened.dtype and bridge.torch_dtype(tensor.dtype) == session.span.dtype
 
 
 def _check_body(tensors: tuple[Descriptor, ...], body: bytearray) -> None:
