@@ -85,14 +85,14 @@ class Executor:
         return self._here is not None and self._resting and self._scheduler.alone(tokens, session, now)
 
     def run_alone(self, function: Callable[[], T]) -> T:
-        """Run the whole of a step that `alone` lets run, and which took `ran_alone`; gives what `function` does."""
+        """What `function` gives, which is the whole of a step that `alone` lets run. `ran_alone` is due afterwards."""
         results: list[T] = []
         if self._here is not None:
             self._here(lambda: results.append(function()))
         return results[0]
 
     def ran_alone(self, session: Hashable, group: Hashable, seconds: float, now: float) -> None:
-        """Told once the step has been answered: that takes `seconds`, and the session left to come back at `now`."""
+        """Say, once the step is answered, that it took `seconds`, and that `session` may come back from `now` on."""
         self._scheduler.ran_alone(session, group, seconds, now)
 
     def add(self, job: Job) -> None:
