@@ -140,13 +140,13 @@ def takes_nan_in_replies() -> None:
 
 @defect("client/065", "client/066")
 def checks_no_reply() -> None:
-    before = calls._check_step
+    before = calls.Calls._outcome
 
-    def check(send: Any, due: Any, reply: Any) -> Any:
+    def outcome(self: Any, send: Any, reply: Any) -> Any:
         head = dict(reply.head) | {"n": send.n, "pos": send.end}
-        return before(send, due, type(reply)(head, reply.body))
+        return before(self, send, type(reply)(head, reply.body))
 
-    patch(calls, "_check_step", check)
+    patch(calls.Calls, "_outcome", outcome)
 
 
 @defect("client/073")
@@ -192,16 +192,17 @@ def sends_every_step_as_the_first() -> None:
 
 @defect("client/092")
 def retries_with_other_content() -> None:
-    async def again(self: Any, hop: Any, method: str, head: Any, body: Any = (), **options: Any) -> Any:
-        link = await self._connect(hop)
-        try:
-            return await link.request(method, head, body, **options)
-        except calls.PeerLost:
-            link = await self._connect(hop)
-            other = [memoryview(bytes(bytes(piece)[::-1])) for piece in body]
-            return await link.request(method, head, other, **options)
+    before = calls.Calls._step_request
+    asked: list[Any] = []
 
-    patch(calls.Calls, "_request", again)
+    def request(self: Any, step: Any) -> Any:
+        head, body, options = before(self, step)
+        if any(step is other for other in asked):
+            body = [memoryview(bytes(bytes(piece)[::-1])) for piece in body]
+        asked.append(step)
+        return head, body, options
+
+    patch(calls.Calls, "_step_request", request)
 
 
 @defect("client/079")

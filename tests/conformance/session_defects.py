@@ -118,7 +118,8 @@ def ignores_hypo() -> None:
 def ignores_padding() -> None:
     before = span.Part
     replaced = lambda rows, tokens, at, pad=None, *others: before(rows, tokens, at, None, *others)  # noqa: E731
-    patch(compute, "Part", replaced)
+    for module in (compute, steps):
+        patch(module, "Part", replaced)
 
 
 @defect("steps/003")
@@ -142,14 +143,13 @@ def answers_other_content_from_the_kept_reply() -> None:
 
 @defect("steps/025")
 def answers_with_the_first_tokens() -> None:
-    before = steps._answer
+    before = steps.answer_of
 
-    def answer(session: Any, running: Any, output: torch.Tensor) -> Any:
-        step = running.step
+    def answer(session: Any, step: Any, output: torch.Tensor) -> Any:
         rows = output.reshape(step.tensors[0].shape)
-        return before(session, running, rows.roll(step.answered, dims=1) if step.last else rows)
+        return before(session, step, rows.roll(step.answered, dims=1) if step.last else rows)
 
-    patch(steps, "_answer", answer)
+    patch(steps, "answer_of", answer)
 
 
 @defect("steps/025", "steps/026")
