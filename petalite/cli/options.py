@@ -268,7 +268,7 @@ def generation_options(command: Command) -> Command:
     return _collected(command, "generation", names, collect, _GENERATION)
 
 
-# --- the swarm -------------------------------------------------------------------------------------------------------
+# --- serving ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -288,6 +288,9 @@ class ServeOptions:
     push: bool
     adapter: Mapping[str, Path]
     json: bool
+
+
+# --- the swarm -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
