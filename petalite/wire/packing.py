@@ -124,6 +124,11 @@ def _inspect(value: dict[Any, Any] | list[Any], depth: int) -> int:
     return count
 
 
+def count_elements(value: Mapping[str, Any]) -> int:
+    """Array entries and map pairs in a map that was decoded, at any depth."""
+    return _inspect(dict(value), 1)
+
+
 def _check_keys(value: dict[Any, Any]) -> None:
     joined = "".join(value)  # TypeError unless each key is a str
     if len(joined) > MAX_KEY or not joined.isascii():

@@ -13,10 +13,16 @@ from petalite import limits
 from petalite.wire import frames, packing
 from petalite.wire.heads import map_header
 
-_MOST_PATTERNS: Final = 64  # of a connection; a session has one for its steps, or for their replies
-_MOST_BYTES: Final = 512  # of a pattern; what was made of such a head is not much more
+# What a peer can have a connection remember is less than 1 MiB: so many patterns (a session has one for its steps, or
+# for their replies), each of so many bytes, with so many array entries and map pairs in its head.
+_MOST_PATTERNS: Final = 64
+_MOST_BYTES: Final = 512
+_MOST_ELEMENTS: Final = 64
 _MOST_LENGTHS: Final = 4
-_STARTS: Final = {b"\x96\x01": frames.Req, b"\x95\x02": frames.Res}  # with a body, so one element more
+_REPLACE_EVERY: Final = (
+    16  # frames without a pattern, where there are too many: taking turns, they would all be cut anew
+)
+_STARTS: Final = frozenset({b"\x96\x01", b"\x95\x02"})  # REQ and RES with a body, so with one element more
 _WIDTHS: Final = {0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8}  # of an integer behind its first byte
 
 
@@ -40,22 +46,23 @@ class Pattern:
     __slots__ = ("_body", "_end", "_method", "constants", "made", "names", "pieces")
 
     def __init__(self, frame: frames.Req | frames.Res, body: bytes) -> None:
-        self._method = frame.method if isinstance(frame, frames.Req) else ""
+        self._method = frame.method if isinstance(frame, frames.Req) else None
         self._end = frame.end
         self._body = len(body)
-        self.names = [name for name, value in frame.head.items() if type(value) is int and value >= 0]
-        self.constants = {name: value for name, value in frame.head.items() if name not in self.names}
+        self.names: list[str] = []
+        self.constants: dict[str, Any] = {}
         self.pieces: list[bytes] = []
         self.made: dict[type, Any] = {}
-        piece = (
-            bytes((frame.end,)) + (packing.encode(self._method) if self._method else b"") + map_header(len(frame.head))
-        )
+        piece = bytes((frame.end,)) + (b"" if self._method is None else packing.encode(self._method))
+        piece += map_header(len(frame.head))
         for name, value in frame.head.items():
             piece += packing.encode(name)
-            if name in self.names:
+            if type(value) is int and value >= 0:
+                self.names.append(name)
                 self.pieces.append(piece)
                 piece = b""
             else:
+                self.constants[name] = value
                 piece += packing.encode(value, within=2)
         self.pieces.append(piece + b"\xc5" + self._body.to_bytes(2, "big"))
 
@@ -72,7 +79,7 @@ class Pattern:
         if not data.startswith(last, at) or len(data) != start + self._body:
             return None
         head = KnownHead(self, integers)
-        if self._method:
+        if self._method is not None:
             return frames.Req(stream, self._end, self._method, head, data[start:])
         return frames.Res(stream, self._end, head, data[start:])
 
@@ -83,6 +90,7 @@ class Repeats:
     def __init__(self) -> None:
         self._patterns: dict[bytes, Pattern] = {}  # by their first piece, oldest first
         self._lengths: list[int] = []  # of first pieces
+        self._misses = 0
 
     def decode(self, data: memoryview) -> frames.Frame:
         """As `frames.decode`, with the same errors."""
@@ -96,14 +104,22 @@ class Repeats:
                 frames.check_stream(stream)
                 return known
         frame = frames.decode(data)
-        if isinstance(frame, frames.Req | frames.Res) and frame.body:
+        if isinstance(frame, frames.Req | frames.Res) and frame.body and self._worth_learning(frame, encoded):
             self._learn(Pattern(frame, frame.body), encoded, at, stream)
         return frame
+
+    def _worth_learning(self, frame: frames.Req | frames.Res, encoded: bytes) -> bool:
+        """Asked before a pattern is made: a head of thousands of fields is not cut into as many pieces."""
+        self._misses += 1
+        if len(self._patterns) >= _MOST_PATTERNS and self._misses % _REPLACE_EVERY:
+            return False
+        size = len(encoded) - len(frame.body or b"")
+        return size <= _MOST_BYTES and packing.count_elements(frame.head) <= _MOST_ELEMENTS
 
     def _learn(self, pattern: Pattern, encoded: bytes, at: int, stream: int) -> None:
         """Unless it is not encoded as it would be here: it was not cut at the right places then."""
         first = pattern.pieces[0]
-        if sum(map(len, pattern.pieces)) > _MOST_BYTES or pattern.match(encoded, at, stream) is None:
+        if pattern.match(encoded, at, stream) is None:
             return
         if len(self._patterns) >= _MOST_PATTERNS:
             del self._patterns[next(iter(self._patterns))]

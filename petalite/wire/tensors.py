@@ -107,9 +107,7 @@ def _size_in_body(descriptor: Descriptor) -> int:
 
 def total_size(descriptors: Iterable[Descriptor]) -> int:
     """Bytes of a body that holds these tensors; FieldError(TENSOR) if a body cannot."""
-    total = 0
-    for descriptor in descriptors:
-        total += descriptor.nbytes
+    total = sum(descriptor.nbytes for descriptor in descriptors)
     if total > MAX_BODY:
         raise FieldError(f"tensors of {total} bytes, larger than a body of {MAX_BODY}", ErrorCode.TENSOR)
     return total

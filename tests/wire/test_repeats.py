@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -123,11 +124,34 @@ def test_a_known_head_is_no_message_of_another_kind() -> None:
 
 
 def test_what_a_peer_can_have_us_remember_is_bounded() -> None:
+    """Empty maps are the largest objects that a byte can make."""
     repeats = Repeats()
-    for number in range(3 * _MOST_PATTERNS):
-        repeats.decode(memoryview(encoded("step", 1, {"sid": number.to_bytes(16, "big"), "n": 1}, b"x")))
-        repeats.decode(memoryview(encoded("step", 1, {"sid": bytes(16), "long": bytes(number)}, b"x")))
-        repeats.decode(memoryview(encoded("step", 1, {"sid": bytes(number), "big": bytes(600)}, b"x")))
+    tracemalloc.start()
+    before, _ = tracemalloc.get_traced_memory()
+    for number in range(40 * _MOST_PATTERNS):
+        sid = number.to_bytes(16, "big")
+        repeats.decode(memoryview(encoded("step", 1, {"sid": sid, "n": 1, "m": [{}] * (number % 80)}, b"x")))
+        repeats.decode(memoryview(encoded("step", 1, {"sid": sid, "long": bytes(number % 400), "n": 1}, b"x")))
+        repeats.decode(memoryview(encoded("step", 1, {"sid": sid, "big": bytes(600)}, b"x")))
+    after, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert after - before < 2**20
     assert len(repeats._patterns) == _MOST_PATTERNS
-    assert all(sum(map(len, pattern.pieces)) <= 512 for pattern in repeats._patterns.values())
     assert len(repeats._lengths) <= 4
+
+
+@pytest.mark.parametrize("head", [{f"{i:x}": i for i in range(1000)}, {"m": [{}] * 100}, {"b": bytes(600)}])
+def test_no_pattern_is_made_of_what_is_too_much_for_one(head: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("petalite.wire.repeats.Pattern", None)
+    frame = encoded("step", 1, head, b"x")
+    assert Repeats().decode(memoryview(frame)) == frames.decode(memoryview(frame))
+
+
+def test_more_sessions_than_there_are_patterns_do_not_drive_each_other_out() -> None:
+    repeats = Repeats()
+    known = []
+    for round_ in range(3):
+        for number in range(2 * _MOST_PATTERNS):
+            head = {"sid": number.to_bytes(16, "big"), "n": round_}
+            known.append(type(repeats.decode(memoryview(encoded("step", 1, head, b"x"))).head) is KnownHead)
+    assert sum(known[2 * _MOST_PATTERNS :]) > _MOST_PATTERNS
