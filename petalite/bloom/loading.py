@@ -1,7 +1,7 @@
 """From a checkpoint to modules: a span of blocks, the embeddings, the head (spec: model).
 
 A tensor is read, hashed and converted piece by piece, and nothing exists twice but what is being quantized, packed or
-moved to the device: a matrix for each of three threads, a block's copy at most.
+moved to the device: a matrix for each of two threads, less than a block's copy.
 """
 
 from __future__ import annotations

@@ -10,9 +10,9 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-# One more than two cores can use, as somebody waits for the disk. The largest matrices of a block are a third of it
-# each: three threads with a copy of one each hold a block's copy, not more.
-THREADS = 3
+# One reads while the other hashes. Each may hold a copy of a matrix, and the largest of a block are a third of it: more
+# threads would come to more than a block's copy with what threads take themselves.
+THREADS = 2
 
 
 def in_order(jobs: Iterable[Callable[[], T]]) -> Generator[T, None, None]:

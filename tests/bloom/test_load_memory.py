@@ -49,5 +49,4 @@ def test_resident_memory_of_a_span(tmp_path, file_dtype, dtype, pack):
     measured = json.loads(done.stdout)
     assert measured["cache"] > 10 * measured["weights"]  # reserved, not resident
     assert 0.95 * measured["weights"] < measured["now"] < 1.1 * measured["weights"] + 4096
-    block = measured["weights"] / 4
-    assert measured["peak"] < 1.05 * measured["weights"] + block + 10_000  # a block's copy at most, and threads
+    assert measured["peak"] < 1.1 * measured["weights"] + 12_000  # one tensor twice at most
