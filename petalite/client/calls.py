@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import trio
 from torch import Tensor
@@ -22,7 +22,7 @@ from petalite.swarm.node import Node
 from petalite.wire import messages
 from petalite.wire.heads import RepeatedHead, Template
 from petalite.wire.streams import OwnRequest
-from petalite.wire.tensors import RAW, Descriptor, known_descriptor
+from petalite.wire.tensors import RAW, Descriptor, known_descriptor, surely_finite
 from petalite.wire.writer import Priority
 
 log = logging.getLogger("petalite.client")
@@ -44,25 +44,44 @@ class Terms:
         return known_descriptor("h", self.dtype, (self.batch, tokens, self.hidden), self.codec)
 
 
+class Encoded(NamedTuple):
+    """Activations as they travel."""
+
+    tensor: Descriptor
+    body: Sequence[memoryview]
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A step to be asked for: `inputs` (B, T, C) in the wire's dtype. `pad`: the left padding of each row, if there is
-    any; `following`: the same step of the hops that the output is to be pushed through.
+    """A step to be asked for: `inputs` (B, T, C) in the wire's dtype, or as they travel. `pad`: the left padding of
+    each row, if there is any; `following`: the same step of the hops that the output is to be pushed through.
     """
 
     send: Send
-    inputs: Tensor
+    inputs: Tensor | Encoded
     pad: tuple[int, ...] | None
     following: Sequence[Send]
     on_progress: OnProgress
 
 
+class _Request(NamedTuple):
+    """What `PeerConnection.request` is called with."""
+
+    method: str
+    head: Mapping[str, Any]
+    body: Sequence[memoryview]
+    options: dict[str, Any]
+
+
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A request that has left."""
+    """A request that has left. If nobody waits for its reply any more, `drop` it."""
 
     connection: PeerConnection
     request: OwnRequest
+
+    def drop(self) -> None:
+        self.connection.drop(self.request)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +102,7 @@ class Calls:
         self._terms = terms
         self._given = given or Given()
         # The tensor that came or was given last, and how it travels.
-        self._encoded: tuple[Tensor, Descriptor, Sequence[memoryview]] | None = None
+        self._encoded: tuple[Tensor, Encoded] | None = None
         self._heads: dict[bytes, tuple[object, Template]] = {}  # by session id: of its last step, and what it was like
 
     async def open(self, hop: Hop) -> None:
@@ -122,62 +141,69 @@ class Calls:
         """A copy of `hidden` (B, T, C) in the wire's dtype, which is for this session alone."""
         values, body = bridge.own(hidden, self._terms.dtype)
         if body is not None and self._terms.codec == RAW:
-            self._encoded = (values, self._terms.descriptor(values.shape[1]), body)
+            self._encoded = (values, Encoded(self._terms.descriptor(values.shape[1]), body))
         return values
 
-    def begin_step(self, step: Step) -> Asked | None:
+    def begin_step(self, step: Step, deadline: float, on_reply: Callable[[Reply], None] | None = None) -> Asked | None:
         """Ask for one step, over the connection that is there; `step` must follow. None where that cannot be.
 
-        Raises what `PeerConnection.begin` raises.
+        `on_reply` gets the reply in the task that has read it, before whoever waits wakes up. Raises what
+        `PeerConnection.begin` raises.
         """
-        connection = self._node.endpoint.connected(step.send.hop.peer)
-        deadline = trio.current_effective_deadline()
-        if connection is None or deadline == -math.inf:  # cancelled
-            return None
-        head, body, options = self._step_request(step)
-        return Asked(connection, connection.begin("step", head, body, deadline, **options))
+        return self._begin(step.send.hop.peer, lambda: self._step_request(step), deadline, on_reply)
 
     async def step(self, step: Step, asked: Asked | None = None) -> Outcome:
         """Run one step, which may have been `asked` for already.
 
         Raises ReplyLate too: after PIECE_SECONDS, and where `on_progress` does.
         """
-        asked = asked or self.begin_step(step)
-        reply = await self._finished(asked) if asked is not None else None
-        if reply is None:
-            peer = step.send.hop.peer
-            head, body, options = self._step_request(step)
-            if asked is None:
-                reply = await ask(self._node, peer, "step", head, body, **options)
-            else:
-                reply = await (await _connect(self._node, peer)).request("step", head, body, **options)
-        return self._outcome(step.send, reply)
+        asked = asked or self.begin_step(step, trio.current_effective_deadline())
+        return self._outcome(step.send, await self._reply(step.send.hop.peer, lambda: self._step_request(step), asked))
 
-    async def _finished(self, asked: Asked) -> Reply | None:
-        """The reply; None where the connection broke, so that it is worth asking once more, as in `ask`."""
+    def _begin(
+        self,
+        peer: PeerId,
+        make: Callable[[], _Request],
+        deadline: float,
+        on_reply: Callable[[Reply], None] | None = None,
+    ) -> Asked | None:
+        connection = self._node.endpoint.connected(peer)
+        if connection is None or deadline == -math.inf:  # cancelled
+            return None
+        method, head, body, options = make()
+        return Asked(connection, connection.begin(method, head, body, deadline, on_reply=on_reply, **options))
+
+    async def _reply(self, peer: PeerId, make: Callable[[], _Request], asked: Asked | None) -> Reply:
+        """As `ask`, where the first request may have left already."""
+        if asked is None:
+            method, head, body, options = make()
+            return await ask(self._node, peer, method, head, body, **options)
         try:
             return await asked.connection.finish(asked.request)
         except PeerSilent:
             raise
         except PeerLost as error:
-            log.debug("peer %s..: %s; trying a new connection", asked.connection.peer.short, error)
-            return None
+            log.debug("peer %s..: %s; trying a new connection", peer.short, error)
+        method, head, body, options = make()
+        return await (await _connect(self._node, peer)).request(method, head, body, **options)
 
-    def _step_request(self, step: Step) -> tuple[Mapping[str, Any], Sequence[memoryview], dict[str, Any]]:
-        """Head, body and options. What one hop has sent goes on to the next in the bytes in which it came."""
+    def _step_request(self, step: Step) -> _Request:
+        """What one hop has sent goes on to the next in the bytes in which it came."""
         inputs = step.inputs
-        if self._encoded is not None and self._encoded[0] is inputs:
-            _, descriptor, body = self._encoded
+        if isinstance(inputs, Encoded):
+            descriptor, body = inputs
+        elif self._encoded is not None and self._encoded[0] is inputs:
+            descriptor, body = self._encoded[1]
         else:
             descriptor, body = bridge.to_wire(inputs, self._terms.dtype, self._terms.codec)
-        short = inputs.shape[0] * inputs.shape[1] <= limits.SHORT_STEP_TOKENS
+        short = descriptor.shape[0] * descriptor.shape[1] <= limits.SHORT_STEP_TOKENS
         options = {
             "priority": Priority.STEP if short else Priority.BULK,
             "max_reply": descriptor.nbytes,
             "on_progress": step.on_progress,
             "patience": limits.PIECE_SECONDS,
         }
-        return self._step_head(step, descriptor), body, options
+        return _Request("step", self._step_head(step, descriptor), body, options)
 
     def _step_head(self, step: Step, descriptor: Descriptor) -> Mapping[str, Any]:
         """The steps of a decoding differ in two numbers only."""
@@ -205,15 +231,34 @@ class Calls:
             self._heads[sid] = (like, message.template("n", "pos"))
         return message.to_wire()
 
-    async def await_pushed(self, send: Send) -> Outcome:
-        """The output of a step that the hop before brings."""
+    def begin_await(self, send: Send, deadline: float) -> Asked | None:
+        """Ask for the output of a step that the hop before brings, as `begin_step` does."""
+        return self._begin(send.hop.peer, lambda: self._await_request(send), deadline)
+
+    async def await_pushed(self, send: Send, asked: Asked | None) -> Outcome:
+        """The output of a step that the hop before brings, which may have been `asked` for already."""
+        return self._outcome(send, await self._reply(send.hop.peer, lambda: self._await_request(send), asked))
+
+    def _await_request(self, send: Send) -> _Request:
         descriptor = self._terms.descriptor(send.end - send.start)
         message = messages.Await(sid=send.hop.sid, n=send.n)
-        reply = await self._request(send.hop, "await", message.to_wire(), max_reply=descriptor.nbytes)
-        return self._outcome(send, reply)
+        return _Request("await", message.to_wire(), (), {"max_reply": descriptor.nbytes})
 
-    def _outcome(self, send: Send, reply: Reply) -> Outcome:
-        """The output, if the reply is what was asked for (PT-SES-029)."""
+    def passed_on(self, send: Send, reply: Reply) -> Encoded | None:
+        """The output in a reply to a step of which all is wanted, as the next hop gets it. None where it is not what
+        was asked for, or must be looked at more closely: the task that waits for it does.
+        """
+        try:
+            tensor = self._checked(send, reply).tensors[0]
+        except PeerLost:
+            return None
+        body = memoryview(reply.body[0])
+        if tensor.codec != RAW or len(body) != tensor.nbytes or not surely_finite(tensor.dtype, body, tensor.dtype):
+            return None
+        return Encoded(tensor, (body,))
+
+    def _checked(self, send: Send, reply: Reply) -> messages.StepReply:
+        """What is in the reply, if it is what was asked for (PT-SES-029)."""
         answer = parse_reply(messages.StepReply, reply)
         tensor = answer.tensors[0]
         if (answer.n, answer.pos) != (send.n, send.end):
@@ -225,12 +270,17 @@ class Calls:
             given = min(max(asked, tensor.shape[1]), send.end - send.start)
             if tensor != self._terms.descriptor(given):
                 raise PeerLost(f"answered a tensor of {tensor.shape} {tensor.dtype}, not {due.shape} {due.dtype}")
+        return answer
+
+    def _outcome(self, send: Send, reply: Reply) -> Outcome:
+        answer = self._checked(send, reply)
+        tensor, asked = answer.tensors[0], send.answered
         body = memoryview(reply.body[0])
         try:
             output = bridge.from_wire(tensor, body)
         except RequestError as error:
             raise PeerLost(f"answered wrongly: {error.text}") from error
-        self._encoded = (output, tensor, (body,))
+        self._encoded = (output, Encoded(tensor, (body,)))
         return Outcome(output if tensor.shape[1] == asked else output[:, -asked:], bool(answer.drain))
 
     def connected(self, hop: Hop) -> bool:

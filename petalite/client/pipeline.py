@@ -68,10 +68,22 @@ class Send:
         """Tokens of each row that the output must have at least."""
         return self.end - self.start if self.last is None else self.last
 
+    @property
+    def done(self) -> bool:
+        """The hop stands behind it, as far as we know."""
+        return self.hop.state is HopState.OPEN and self.hop.position == self.end
+
 
 @dataclass(frozen=True, slots=True)
 class Push:
     """One step through a row of hops: the first gets its inputs from us, each next one from the hop before it."""
+
+    sends: tuple[Send, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Relay:
+    """One step through a row of hops, each of which gets from us what the hop before it answers, and nothing else."""
 
     sends: tuple[Send, ...]
 
@@ -84,7 +96,7 @@ class Intervene:
     hidden: Tensor
 
 
-Action = Plan | Open | Check | Extend | Send | Push | Intervene
+Action = Plan | Open | Check | Extend | Send | Push | Relay | Intervene
 
 
 @dataclass(slots=True)
@@ -254,10 +266,9 @@ class Pipeline:
         ]
         for i, hop in enumerate(self.hops):
             action = None if hop.busy else self._action_of(hop)
-            row = self._row_from(i, action) if push and isinstance(action, Send) else ()
-            if len(row) > 1:
-                actions.append(Push(row))
-            elif action is not None:
+            if isinstance(action, Send):
+                action = self._row_from(i, action, push)
+            if action is not None:
                 actions.append(action)
         return actions
 
@@ -314,26 +325,40 @@ class Pipeline:
         """Length to ask for: what was planned, or a quarter more than needed, so that few requests extend it."""
         return self.max_len if tokens <= self.max_len else min(tokens + tokens // 4, limits.MAX_SESSION_LENGTH)
 
-    def _row_from(self, first: int, send: Send) -> tuple[Send, ...]:
-        """`send` and the same step of the hops behind, as far as each lets the one before push into it."""
+    def _row_from(self, first: int, send: Send, push: bool) -> Send | Push | Relay:
+        """A short step goes through the hops behind too, as far as they wait for nothing else."""
         if send.end != self.target or self.batch * (send.end - send.start) > self._short:
-            return ()
+            return send
         row = [send]
-        for before, hop in zip(self.hops[first:], self.hops[first + 1 :], strict=False):
-            if (
-                hop.blocks.start in self._cuts
-                or hop.source != before.peer
-                or hop.state is not HopState.OPEN
-                or hop.busy
-                or hop.haunted  # what we send ourselves is told from a late push by its content, an await is not
-                or self._action_of(hop) is not None
-                or (hop.position, hop.reorder) != (send.start, send.reorder)
-                or hop.max_len < send.end
-                or any(hop.peer == other.hop.peer for other in row)
-            ):
+        pushed = push and self._joined(first + 1)
+        for i in range(first + 1, len(self.hops)):
+            # A row of pushes goes as far as they can; one that we feed ends where pushes can begin.
+            here, hop = (self._joined(i) if pushed else not (push and self._joined(i + 1))), self.hops[i]
+            if not here or not self._follows(hop, send) or (pushed and any(hop.peer == s.hop.peer for s in row)):
                 break
             row.append(self._step_of(hop, send.start, send.end))
-        return tuple(row)
+        if len(row) == 1:
+            return send
+        return Push(tuple(row)) if pushed else Relay(tuple(row))
+
+    def _joined(self, i: int) -> bool:
+        """Whether hop i lets the one before push into it."""
+        if i >= len(self.hops):
+            return False
+        hop = self.hops[i]
+        # Haunted: what we send ourselves is told from a late push by its content, an await is not.
+        return hop.source == self.hops[i - 1].peer and not hop.haunted
+
+    def _follows(self, hop: Hop, send: Send) -> bool:
+        """Whether the hop can do the same step, once it has its inputs."""
+        return (
+            hop.blocks.start not in self._cuts
+            and hop.state is HopState.OPEN
+            and not hop.busy
+            and self._action_of(hop) is None
+            and (hop.position, hop.reorder) == (send.start, send.reorder)
+            and hop.max_len >= send.end
+        )
 
     def _history(self, hop: Hop) -> History:
         return self._history_at(hop.blocks.start)

@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import trio
 
+from petalite.client.calls import Asked
 from petalite.client.pipeline import Send
 
 # A pushed step that has not come so long after the hop before it was done is sent by ourselves.
@@ -21,16 +22,16 @@ LONGEST_PAUSE = 300.0
 
 @dataclass(slots=True, eq=False)
 class Part:
-    """One hop's share of a pushed step; `behind` is that of the hop it pushes to. `done` means something once it is
-    `settled`.
+    """One hop's share of a pushed step; `behind` is that of the hop it pushes to.
 
-    `gone`: the server answered, but its connection ended before the push was seen to arrive; `unwatch` ends looking.
-    `unpushed`: it says itself that it could not push.
+    `asked`: the step, or what awaits it. `done`: its outcome was taken, as were those before. `gone`: the server
+    answered, but its connection ended before the push was seen to arrive; `unwatch` ends looking. `unpushed`: it says
+    itself that it could not push.
     """
 
     send: Send
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
-    settled: trio.Event = field(default_factory=trio.Event)
+    asked: Asked | None = None
     done: bool = False
     gone: bool = False
     unpushed: bool = False
@@ -39,7 +40,7 @@ class Part:
 
     def note_gone(self) -> None:
         """It pushes nothing any more, or has: we need not wait to see, for a step sent twice is done once."""
-        if self.behind is not None and not self.behind.settled.is_set():
+        if self.behind is not None and not self.behind.done:
             self.gone = True
             self.behind.scope.cancel()
 
@@ -48,6 +49,12 @@ class Part:
         self.unpushed = True
         if self.done and self.behind is not None:
             self.behind.scope.cancel()
+
+    def end(self) -> None:
+        """Nobody looks at it any more."""
+        self.unwatch()
+        if self.asked is not None and not self.done:
+            self.asked.drop()
 
 
 def parts_of(sends: Sequence[Send]) -> list[Part]:

@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from types import TracebackType
 from typing import Any
 
@@ -17,11 +18,11 @@ import trio
 from torch import Tensor
 
 from petalite import bridge, limits
-from petalite.client.calls import Asked, Calls, Outcome, Step, Terms
+from petalite.client.calls import Asked, Calls, Encoded, Outcome, Step, Terms
 from petalite.client.given import Given
 from petalite.client.hop import Hop, HopState
 from petalite.client.pacing import LEAST_TOKENS, piece_length
-from petalite.client.pipeline import Action, Check, Extend, Intervene, Open, Pipeline, Plan, Push, Send
+from petalite.client.pipeline import Action, Check, Extend, Intervene, Open, Pipeline, Plan, Push, Relay, Send
 from petalite.client.planning import Planner, SessionError
 from petalite.client.pushing import FRESH_PUSH_SECONDS, PUSH_SECONDS, Part, PushTrust, parts_of
 from petalite.client.runner import Runner, run_in_thread
@@ -36,6 +37,7 @@ from petalite.errors import (
     RequestError,
 )
 from petalite.identity import PeerId
+from petalite.net.connection import Reply
 from petalite.net.nursery import open_flat_nursery
 from petalite.swarm.node import Node
 from petalite.swarm.routing import Route
@@ -305,6 +307,8 @@ class InferenceSession:
             await self._attempt(action.hop, "step", lambda: self._send(self._step_of(action)))
         elif isinstance(action, Plan):
             await self._plan(action)
+        elif isinstance(action, Relay):
+            await self._relay(action)
         elif isinstance(action, Push):
             await self._push(action)
         elif isinstance(action, Intervene):
@@ -361,16 +365,17 @@ class InferenceSession:
             length = await self._calls.extend(action.hop, action.least)  # less to spare, but enough
         self._pipeline.extended(action.hop, length)
 
-    def _step_of(self, send: Send, following: Sequence[Send] = ()) -> Step:
+    def _step_of(self, send: Send, following: Sequence[Send] = (), encoded: Encoded | None = None) -> Step:
         look = partial(self._look, send, trio.current_time())
-        return Step(send, self._pipeline.inputs(send), self._pad, following, look)
+        return Step(send, encoded or self._pipeline.inputs(send), self._pad, following, look)
 
-    def _begin(self, step: Step) -> Asked | None:
-        """Let a step leave at once, if it can; `_send` must follow."""
+    def _begin(self, send: Send, begin: Callable[[], Asked | None]) -> Asked | None:
+        """Let a request about `send` leave at once, if it can; whoever waits for it then meets again what is wrong."""
+        self._pipeline.started(send)
         try:
-            return self._calls.begin_step(step)
+            return begin()
         except PetaliteError as error:
-            log.debug("%s: %s", step.send.hop, error)  # `_send` will meet it again
+            log.debug("%s: %s", send.hop, error)
             return None
 
     async def _send(self, step: Step, asked: Asked | None = None) -> None:
@@ -466,7 +471,39 @@ class InferenceSession:
                 self._pipeline.retire(hop)
                 self._lost.append(f"peer {hop} is leaving")
 
-    # Pushing
+    # Rows of hops
+
+    async def _relay(self, action: Relay) -> None:
+        """One step through a row of hops. The task that reads a hop's reply passes it on to the next; this one hears of
+        each afterwards, while the next is at work.
+        """
+        sends, deadline = action.sends, trio.current_effective_deadline()
+        begun: list[tuple[Step, Asked | None]] = []
+        taken = 0
+
+        def begin(encoded: Encoded | None) -> None:
+            i = len(begun)
+            step = self._step_of(sends[i], encoded=encoded)
+            on_reply = None if i + 1 == len(sends) else partial(pass_on, i)
+            begun.append((step, self._begin(sends[i], lambda: self._calls.begin_step(step, deadline, on_reply))))
+
+        def pass_on(i: int, reply: Reply) -> None:
+            output = self._calls.passed_on(sends[i], reply)
+            if output is not None:
+                begin(output)
+
+        begin(None)
+        try:
+            for taken, send in enumerate(sends, 1):
+                step, asked = begun[taken - 1] if taken <= len(begun) else (self._step_of(send), None)
+                await self._attempt(send.hop, "step", partial(self._send, step, asked))
+                if not send.done:
+                    break
+        finally:
+            for step, asked in begun[taken:]:  # the hop before has answered, and was left all the same
+                if asked is not None:
+                    asked.drop()
+                self._pipeline.cut_off(step.send)
 
     def _may_push(self) -> bool:
         """Not in the step that wakes a parked session: everybody would have to dial everybody one after the other."""
@@ -478,39 +515,45 @@ class InferenceSession:
         A hop that does not get it in time, and those behind it, are served by ourselves afterwards: the same step
         sent twice is done once.
         """
+        deadline = trio.current_effective_deadline()
         step = self._step_of(action.sends[0], action.sends[1:])
-        asked = self._begin(step)  # first of all: nobody waits for the rest
         parts = parts_of(action.sends)
+        # First of all: nobody waits for the rest.
+        parts[0].asked = self._begin(step.send, lambda: self._calls.begin_step(step, deadline))
         told = {(part.send.hop.peer, part.send.hop.sid, part.send.n): part.note_unpushed for part in parts}
         self._node.unpushed.update(told)
         try:
-            async with open_flat_nursery() as nursery:
-                for i in range(1, len(parts)):
-                    nursery.start_soon(self._push_part, parts, i, partial(self._await_pushed, parts[i - 1], parts[i]))
-                await self._push_part(parts, 0, partial(self._send, step, asked))
+            for part in parts[1:]:
+                part.asked = self._begin(part.send, partial(self._calls.begin_await, part.send, deadline))
+            await self._take_parts(parts, step)
         finally:
             for key in told:
                 del self._node.unpushed[key]
             for part in parts:
-                part.unwatch()
+                part.end()
         # A lost server says nothing about pushing, nor does a step after it that we carried ourselves.
         if self._lost_at is None and not any(part.gone or part.send.hop.state is HopState.GONE for part in parts):
             self._trust.pushed(all(part.done for part in parts), trio.current_time())
 
-    async def _push_part(self, parts: Sequence[Part], i: int, call: Callable[[], Awaitable[None]]) -> None:
-        part, hop, started = parts[i], parts[i].send.hop, trio.current_time()
-        with part.scope:
-            await self._attempt(hop, "await" if i else "step", call)
-            if not i:
-                part.done = hop.state is HopState.OPEN and hop.position == part.send.end
-        part.settled.set()
-        if not part.done:
-            for later in parts[i + 1 :]:
-                later.scope.cancel()
-        elif part.behind is not None:
-            patience = self._patience(hop, part.behind.send.hop, trio.current_time() - started)
-            part.behind.scope.deadline = trio.current_time() + (0.0 if part.unpushed else patience)
-            part.unwatch = self._calls.watch(hop, part.note_gone)
+    async def _take_parts(self, parts: Sequence[Part], step: Step) -> None:
+        """Each when the one before is through, for what comes out of a hop counts only where its inputs were good."""
+        for part, before in zip(parts, (None, *parts), strict=False):
+            hop, started = part.send.hop, trio.current_time()
+            if before is None:
+                await self._attempt(hop, "step", partial(self._send, step, part.asked))
+                part.done = part.send.done
+            else:
+                with part.scope:
+                    await self._attempt(hop, "await", partial(self._take_pushed, before, part))
+            if not part.done:
+                break  # a hop that is just late, its inputs being good, gets the very same step from us
+            if part.behind is not None:
+                patience = self._patience(hop, part.behind.send.hop, trio.current_time() - started)
+                part.behind.scope.deadline = trio.current_time() + (0.0 if part.unpushed else patience)
+                part.unwatch = self._calls.watch(hop, part.note_gone)
+        for before, part in pairwise(parts):
+            if not before.done:
+                self._pipeline.cut_off(part.send)
 
     def _patience(self, before: Hop, hop: Hop, took: float) -> float:
         """Seconds that a push from `before`, which `took` so long itself, to `hop` is waited for before we send the
@@ -525,22 +568,11 @@ class InferenceSession:
         # One that was never timed should not take much longer than those before it.
         return least + 3 * self._step_seconds.get(hop.peer, took)
 
-    async def _await_pushed(self, before: Part, part: Part) -> None:
-        """Take the outcome of a pushed step, but only where that of the hop before was good: it fed this one."""
-        self._pipeline.started(part.send)
-        try:
-            outcome = await self._calls.await_pushed(part.send)
-            await before.settled.wait()
-        except trio.Cancelled:
-            if not before.done:  # else it is just late, and we send the very same step
-                self._pipeline.cut_off(part.send)
-            raise
-        if before.done:
-            self._took(part.send, outcome)
-            self._met.add((before.send.hop.peer, part.send.hop.peer))
-            part.done = True
-        else:
-            self._pipeline.cut_off(part.send)
+    async def _take_pushed(self, before: Part, part: Part) -> None:
+        """The outcome of a pushed step."""
+        self._took(part.send, await self._calls.await_pushed(part.send, part.asked))
+        self._met.add((before.send.hop.peer, part.send.hop.peer))
+        part.done = True
 
     # Judging
 

@@ -37,16 +37,18 @@ _AHEAD_SECONDS = 0.0007  # how much of what a path takes is encrypted at a time:
 _RATE_DECAY = 0.9
 _LEARN_SECONDS = 0.01  # of writing without pause, after which the rate of a path counts as known
 OnProgress = Callable[[Mapping[str, Any]], None]
+OnReply = Callable[[Reply], None]
 
 
 class _Waiter:
     """Where a requesting task waits for the outcome of its request."""
 
-    __slots__ = ("_task", "on_progress", "outcome")
+    __slots__ = ("_task", "on_progress", "on_reply", "outcome")
 
-    def __init__(self, on_progress: OnProgress | None) -> None:
+    def __init__(self, on_progress: OnProgress | None, on_reply: OnReply | None) -> None:
         self.outcome: Reply | Exception | None = None
         self.on_progress = on_progress
+        self.on_reply = on_reply
         self._task: trio.lowlevel.Task | None = None
 
     def settle(self, outcome: Reply | Exception) -> None:
@@ -183,9 +185,11 @@ class PeerConnection:
         priority: Priority = Priority.STEP,
         max_reply: int = 0,
         on_progress: OnProgress | None = None,
+        on_reply: OnReply | None = None,
         patience: float = math.inf,
     ) -> OwnRequest:
-        """Ask, without waiting even for a turn of the loop; `finish` must follow. `deadline`: on trio's clock.
+        """Ask, without waiting even for a turn of the loop; `finish` must follow, or `drop`. `deadline`: on trio's
+        clock. `on_reply` gets the reply in the task that has read it; what it raises, `finish` does.
 
         Raises PeerUnreachable and LocalProtocolError as `request` does.
         """
@@ -195,7 +199,7 @@ class PeerConnection:
         request = self._core.send_request(
             method, head or {}, body, now=now, priority=priority, max_reply=max_reply, deadline_ms=deadline_ms
         )
-        request.waiter = _Waiter(on_progress)
+        request.waiter = _Waiter(on_progress, on_reply)
         request.late_at = now + patience
         self._flush()
         return request
@@ -207,8 +211,7 @@ class PeerConnection:
             await waiter.settled()
         finally:
             if waiter.outcome is None:
-                self._core.cancel(request)
-                self._flush()
+                self.drop(request)
         outcome = waiter.outcome
         if isinstance(outcome, Reply):
             return outcome
@@ -217,6 +220,11 @@ class PeerConnection:
                 raise ReplyLate("no reply came in time")  # by the peer's clock: it saw our patience end first
             raise RequestError(outcome.code, outcome.text, outcome.detail, self.peer.text)
         raise outcome or PeerLost(self.close_reason)
+
+    def drop(self, request: OwnRequest) -> None:
+        """Nobody waits for the reply to what was begun: the peer is told. Safe to call at any time."""
+        self._core.cancel(request)
+        self._flush()
 
     async def ping(self) -> float:
         """Seconds of one round trip. Raises PeerLost."""
@@ -409,7 +417,17 @@ class PeerConnection:
         self._hello_received.set()
 
     def _on_reply(self, event: events.ReplyReceived) -> None:
-        self._settle(event.request, Reply(event.head, (event.body,)))
+        waiter: _Waiter | None = event.request.waiter
+        if waiter is None:
+            return
+        reply = Reply(event.head, (event.body,))
+        if waiter.on_reply is not None:
+            try:
+                waiter.on_reply(reply)
+            except Exception as error:  # noqa: BLE001  as for progress
+                waiter.settle(error)
+                return
+        waiter.settle(reply)
 
     def _on_failed(self, event: events.RequestFailed) -> None:
         self._settle(event.request, event.error)

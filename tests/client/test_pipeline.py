@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import Tensor
 
 from petalite.client.hop import HOP_TRANSITIONS, Hop, HopEvent, HopState
-from petalite.client.pipeline import Check, Extend, Open, Pipeline, Plan, Push, Send
+from petalite.client.pipeline import Check, Extend, Open, Pipeline, Plan, Push, Relay, Send
 from petalite.errors import LocalProtocolError
 from petalite.identity import PeerId
 from petalite.swarm.snapshot import Span
@@ -81,13 +81,15 @@ class World:
             cuts = [action.blocks.start, *borders, action.blocks.end]
             made = [(self.new_peer(), Span(a, b)) for a, b in itertools.pairwise(cuts)]
             pipeline.assign(made, frozenset(PeerId(i.to_bytes(32, "big")) for i in range(100)))
-        elif isinstance(action, Push):
+        elif isinstance(action, Push | Relay):
             carried: Tensor | None = None
+            self.steps += 1
             for i, send in enumerate(action.sends):
-                if failure and i == len(action.sends) // 2:
+                if failure and i == self.steps % len(action.sends):
                     self.fail(send, failure)
-                    for later in action.sends[i + 1 :]:
-                        pipeline.cut_off(later)
+                    if isinstance(action, Push):
+                        for later in action.sends[i + 1 :]:
+                            pipeline.cut_off(later)
                     return
                 pipeline.started(send)
                 inputs = pipeline.inputs(send) if carried is None else carried
@@ -209,7 +211,7 @@ def test_hops_are_opened_in_block_order_one_after_the_other() -> None:
         asked += [f"{type(action).__name__} {getattr(action, 'hop', '')}"[:4] for action in actions]
         for action in actions:
             world.perform(action)
-    assert asked == ["Plan", "Open", "Open", "Open", "Send", "Send", "Send"]
+    assert asked == ["Plan", "Open", "Open", "Open", "Rela"]
 
 
 def test_a_long_prefill_is_cut_into_pieces_that_follow_each_other_through_the_hops() -> None:
@@ -320,8 +322,9 @@ def test_a_server_that_stands_where_it_cannot_is_opened_anew() -> None:
     world.step(values(0, 5))
     pipeline = world.pipeline
     pipeline.feed(values(1, 1))
-    (send,) = pipeline.ready()
-    assert isinstance(send, Send)
+    (relay,) = pipeline.ready()
+    assert isinstance(relay, Relay)
+    send = relay.sends[0]
     pipeline.cut_off(send)
     pipeline.checked(send.hop, 17, 5)
     assert (send.hop.state, send.hop.position) == (HopState.NEW, 0)
@@ -335,7 +338,8 @@ def test_an_answer_to_a_step_that_was_given_up_never_passes_for_one_to_the_next(
     pipeline = world.pipeline
     pipeline.feed(values(1, 1))
     (action,) = pipeline.ready()
-    world.perform(action, "done, but late")
+    assert isinstance(action, Relay)
+    world.fail(action.sends[0], "done, but late")
     pipeline.abandon()
     pipeline.feed(values(2, 1))
     (action,) = pipeline.ready(push=True)
@@ -381,6 +385,41 @@ def test_a_short_step_is_pushed_through_all_hops_and_a_long_one_is_not() -> None
     assert not any(isinstance(action, Push) for action in world.pipeline.ready(push=True))
 
 
+def test_without_pushes_a_short_step_is_passed_on_by_us_through_all_hops() -> None:
+    world = World(new_pipeline())
+    world.step(values(0, 20))
+    world.pipeline.feed(values(1, 1))
+    (action,) = world.pipeline.ready(push=False)
+    assert isinstance(action, Relay)
+    assert [send.hop for send in action.sends] == world.pipeline.hops
+
+
+def test_we_pass_on_up_to_where_pushes_can_begin() -> None:
+    world = World(new_pipeline())
+    world.step(values(0, 2), push=True)
+    pipeline = world.pipeline
+    pipeline.hops[1].source = None
+    pipeline.feed(values(1, 1))
+    (first,) = pipeline.ready(push=True)
+    assert isinstance(first, Send)
+    assert first.hop is pipeline.hops[0]
+    world.perform(first)
+    (second,) = pipeline.ready(push=True)
+    assert isinstance(second, Push)
+    assert [send.hop for send in second.sends] == pipeline.hops[1:]
+
+
+def test_we_pass_nothing_on_to_a_hop_that_has_other_things_to_do_first() -> None:
+    world = World(new_pipeline())
+    world.step(values(0, 2))
+    pipeline = world.pipeline
+    pipeline.feed(values(1, 1))
+    pipeline.hops[2].max_len = 2
+    (action,) = pipeline.ready()
+    assert isinstance(action, Relay)
+    assert [send.hop for send in action.sends] == pipeline.hops[:2]
+
+
 def test_a_replaced_hop_cannot_push_into_one_that_was_opened_for_its_predecessor() -> None:
     world = World(new_pipeline())
     world.step(values(0, 2), push=True)
@@ -403,7 +442,7 @@ def test_no_hop_is_given_two_things_to_do_at_once() -> None:
     for hop in pipeline.hops:
         hop.position = 0  # as after a step that was cut off: all have inputs of their own
     actions = pipeline.ready(push=True)
-    hops = [send.hop for action in actions for send in (action.sends if isinstance(action, Push) else (action,))]  # type: ignore[union-attr]
+    hops = [send.hop for action in actions for send in (action.sends if isinstance(action, Push | Relay) else (action,))]  # type: ignore[union-attr]
     assert len(hops) == len(set(map(id, hops))) == 3
 
 
