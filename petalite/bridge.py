@@ -41,7 +41,7 @@ _HERE: Final = (None, "cpu", torch.device("cpu"))
 _CASTS: Final = {"f32": {"f32", "f16"}, "f16": {"f32", "f16"}, "bf16": {"bf16"}}
 # Bytes of a few values. They are looked at, and cast, without torch: its kernels are quick, but a decode step finds
 # their code, and that of all that leads to them, in none of the processor's caches.
-_FEW_BYTES: Final = 2**15
+FEW_BYTES: Final = 2**15
 
 
 def wire_dtype(dtype: torch.dtype) -> str:
@@ -67,7 +67,7 @@ def to_wire(
     is NaN or infinite after the cast: what does not fit into f16 may fit into bf16, the caller's choice.
     """
     descriptor = known_descriptor(name, dtype, tuple(tensor.shape) if shape is None else shape, codec)
-    if codec == RAW and descriptor.nbytes <= _FEW_BYTES:
+    if codec == RAW and descriptor.nbytes <= FEW_BYTES:
         few = _encode_few(tensor, dtype)
         if few is not None:
             return descriptor, [few.data.cast("B")]
@@ -96,7 +96,7 @@ def from_wire(
     size = descriptor.nbytes
     if len(buffer) != size:
         raise tensor_error(descriptor, f"{len(buffer)} bytes, must be {size}")
-    if size <= _FEW_BYTES and descriptor.codec == RAW and device in _HERE:
+    if size <= FEW_BYTES and descriptor.codec == RAW and device in _HERE:
         few = _decode_few(descriptor, buffer, dtype, shape or descriptor.shape)
         if few is not None:
             return few
@@ -119,13 +119,10 @@ def _decode(descriptor: Descriptor, buffer: Buffer, device: torch.device | str |
     return _tensor(buffer, _TORCH[descriptor.dtype]).view(descriptor.shape).to(device)
 
 
-def own(tensor: torch.Tensor, dtype: str) -> tuple[torch.Tensor, list[memoryview] | None]:
-    """A copy of `tensor` as a `dtype`, which no one else changes, and its bytes where they were at hand."""
-    few = _encode_few(tensor, dtype) if tensor.nbytes <= _FEW_BYTES else None
-    if few is None:
-        return tensor.detach().to(_TORCH[dtype], copy=True), None
-    bits = torch.from_numpy(few)
-    return bits.view(torch.bfloat16) if dtype == "bf16" else bits, [few.data.cast("B")]
+def few_to_wire(tensor: torch.Tensor, dtype: str) -> memoryview | None:
+    """The bytes of a copy of `tensor` as a `dtype`, all finite; None where `to_wire` has to do it."""
+    few = _encode_few(tensor, dtype) if tensor.nbytes <= FEW_BYTES else None
+    return None if few is None else few.data.cast("B")
 
 
 def _encode_few(tensor: torch.Tensor, dtype: str) -> np.ndarray[Any, np.dtype[Any]] | None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from petalite import bridge, limits
 from petalite.client.given import Given
+from petalite.client.hidden import Encoded, Hidden, as_tensor, decoded, few_as_they_came
 from petalite.client.hop import Hop
 from petalite.client.pipeline import Send
 from petalite.errors import PeerLost, PeerSilent, PeerUnreachable, RequestError
@@ -22,7 +23,7 @@ from petalite.swarm.node import Node
 from petalite.wire import messages
 from petalite.wire.heads import RepeatedHead, Template
 from petalite.wire.streams import OwnRequest
-from petalite.wire.tensors import RAW, Descriptor, known_descriptor, surely_finite
+from petalite.wire.tensors import RAW, Descriptor, known_descriptor
 from petalite.wire.writer import Priority
 
 log = logging.getLogger("petalite.client")
@@ -44,21 +45,14 @@ class Terms:
         return known_descriptor("h", self.dtype, (self.batch, tokens, self.hidden), self.codec)
 
 
-class Encoded(NamedTuple):
-    """Activations as they travel."""
-
-    tensor: Descriptor
-    body: Sequence[memoryview]
-
-
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A step to be asked for: `inputs` (B, T, C) in the wire's dtype, or as they travel. `pad`: the left padding of
-    each row, if there is any; `following`: the same step of the hops that the output is to be pushed through.
+    """A step to be asked for: `inputs` (B, T, C) in the wire's dtype. `pad`: the left padding of each row, if there is
+    any; `following`: the same step of the hops that the output is to be pushed through.
     """
 
     send: Send
-    inputs: Tensor | Encoded
+    inputs: Hidden
     pad: tuple[int, ...] | None
     following: Sequence[Send]
     on_progress: OnProgress
@@ -88,7 +82,7 @@ class Asked:
 class Outcome:
     """A step's output (B, T, C), and whether the server asks us to move on."""
 
-    output: Tensor
+    output: Hidden
     draining: bool
 
 
@@ -101,8 +95,6 @@ class Calls:
         self._node = node
         self._terms = terms
         self._given = given or Given()
-        # The tensor that came or was given last, and how it travels.
-        self._encoded: tuple[Tensor, Encoded] | None = None
         self._heads: dict[bytes, tuple[object, Template]] = {}  # by session id: of its last step, and what it was like
 
     async def open(self, hop: Hop) -> None:
@@ -137,12 +129,12 @@ class Calls:
         status = parse_reply(messages.StatusReply, reply)
         return status.n, status.pos
 
-    def own(self, hidden: Tensor) -> Tensor:
+    def own(self, hidden: Tensor) -> Hidden:
         """A copy of `hidden` (B, T, C) in the wire's dtype, which is for this session alone."""
-        values, body = bridge.own(hidden, self._terms.dtype)
+        body = bridge.few_to_wire(hidden, self._terms.dtype)
         if body is not None and self._terms.codec == RAW:
-            self._encoded = (values, Encoded(self._terms.descriptor(values.shape[1]), body))
-        return values
+            return Encoded(known_descriptor("h", self._terms.dtype, tuple(hidden.shape), RAW), (body,))
+        return hidden.detach().to(bridge.torch_dtype(self._terms.dtype), copy=True)
 
     def begin_step(self, step: Step, deadline: float, on_reply: Callable[[Reply], None] | None = None) -> Asked | None:
         """Ask for one step, over the connection that is there; `step` must follow. None where that cannot be.
@@ -191,9 +183,7 @@ class Calls:
         """What one hop has sent goes on to the next in the bytes in which it came."""
         inputs = step.inputs
         if isinstance(inputs, Encoded):
-            descriptor, body = inputs
-        elif self._encoded is not None and self._encoded[0] is inputs:
-            descriptor, body = self._encoded[1]
+            descriptor, body = inputs.tensor, inputs.body
         else:
             descriptor, body = bridge.to_wire(inputs, self._terms.dtype, self._terms.codec)
         short = descriptor.shape[0] * descriptor.shape[1] <= limits.SHORT_STEP_TOKENS
@@ -252,10 +242,7 @@ class Calls:
             tensor = self._checked(send, reply).tensors[0]
         except PeerLost:
             return None
-        body = memoryview(reply.body[0])
-        if tensor.codec != RAW or len(body) != tensor.nbytes or not surely_finite(tensor.dtype, body, tensor.dtype):
-            return None
-        return Encoded(tensor, (body,))
+        return few_as_they_came(tensor, memoryview(reply.body[0]))
 
     def _checked(self, send: Send, reply: Reply) -> messages.StepReply:
         """What is in the reply, if it is what was asked for (PT-SES-029)."""
@@ -277,11 +264,11 @@ class Calls:
         tensor, asked = answer.tensors[0], send.answered
         body = memoryview(reply.body[0])
         try:
-            output = bridge.from_wire(tensor, body)
+            output = few_as_they_came(tensor, body) or decoded(tensor, body)
         except RequestError as error:
             raise PeerLost(f"answered wrongly: {error.text}") from error
-        self._encoded = (output, Encoded(tensor, (body,)))
-        return Outcome(output if tensor.shape[1] == asked else output[:, -asked:], bool(answer.drain))
+        whole = tensor.shape[1] == asked
+        return Outcome(output if whole else as_tensor(output)[:, -asked:], bool(answer.drain))
 
     def connected(self, hop: Hop) -> bool:
         """Whether a request to the server needs no dialling."""

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from petalite.client.hidden import Hidden, as_tensor
+
 # Tokens that may wait for their place in the store: they are put there together, out of a decode step's way.
 LOOSE_TOKENS = 64
 
@@ -16,7 +18,7 @@ class History:
 
     def __init__(self) -> None:
         self._store: Tensor | None = None
-        self._loose: list[Tensor] = []  # what comes behind the `_stored` tokens of the store
+        self._loose: list[Hidden] = []  # what comes behind the `_stored` tokens of the store
         self._stored = 0
         self.length = 0
 
@@ -24,9 +26,9 @@ class History:
     def nbytes(self) -> int:
         """Bytes of memory held, spare room included."""
         held = self._loose if self._store is None else [self._store, *self._loose]
-        return sum(tensor.numel() * tensor.itemsize for tensor in held)
+        return sum(values.nbytes for values in held)
 
-    def write(self, start: int, values: Tensor) -> None:
+    def write(self, start: int, values: Hidden) -> None:
         """Keep `values` (B, T, C), which must not change any more, as positions start..start+T. What is known already
         stays as it is.
 
@@ -38,7 +40,7 @@ class History:
         new = values.shape[1] - known
         if new <= 0:
             return
-        self._loose.append(values.narrow(1, known, new) if known else values)
+        self._loose.append(as_tensor(values).narrow(1, known, new) if known else values)
         self.length += new
         if self.length - self._stored >= LOOSE_TOKENS:
             self._tidy()
@@ -46,8 +48,9 @@ class History:
     def _tidy(self) -> Tensor | None:
         """Put all that is loose into the store."""
         if self._loose:
-            store = self._room_for(self.length, self._loose[0])
-            for values in self._loose:
+            loose = [as_tensor(values) for values in self._loose]
+            store = self._room_for(self.length, loose[0])
+            for values in loose:
                 store.narrow(1, self._stored, values.shape[1]).copy_(values)
                 self._stored += values.shape[1]
             self._loose.clear()
@@ -61,8 +64,8 @@ class History:
             self._store = grown
         return self._store
 
-    def read(self, start: int, end: int) -> Tensor:
-        """(B, end - start, C); the very tensor that was written last, if that is it. Raises ValueError outside of what
+    def read(self, start: int, end: int) -> Hidden:
+        """(B, end - start, C); the very values that were written last, if that is it. Raises ValueError outside of what
         is known.
         """
         if not 0 <= start < end <= self.length:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from petalite import limits
+from petalite.client.hidden import Hidden, as_tensor
 from petalite.client.history import History
 from petalite.client.hop import Hop, HopEvent, HopState
 from petalite.errors import LocalProtocolError
@@ -105,19 +106,20 @@ class _Output:
 
     end: int = 0
     wanted: int = 0
-    pieces: list[Tensor] = field(default_factory=list)
+    pieces: list[Hidden] = field(default_factory=list)
 
-    def add(self, start: int, end: int, output: Tensor) -> None:
+    def add(self, start: int, end: int, output: Hidden) -> None:
         """Take what is new, and wanted, of `output` (B, T, C): that of the last T of the tokens `start`..`end`."""
         if not start <= self.end < end:
             return
         new = end - max(self.end, self.wanted)
         if new > 0:
-            self.pieces.append(output[:, -new:] if new < output.shape[1] else output)
+            self.pieces.append(as_tensor(output)[:, -new:] if new < output.shape[1] else output)
         self.end = end
 
     def whole(self) -> Tensor:
-        return self.pieces[0] if len(self.pieces) == 1 else torch.cat(self.pieces, dim=1)
+        pieces = [as_tensor(piece) for piece in self.pieces]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
 
 class Pipeline:
@@ -159,18 +161,19 @@ class Pipeline:
 
     # What the caller of the session does
 
-    def feed(self, hidden: Tensor, last: int | None = None) -> None:
+    def feed(self, hidden: Hidden, last: int | None = None) -> None:
         """Begin a step: `hidden` (B, T, C), which must not change any more, enters block 0 at the current position.
 
         `last`: how many of its last tokens, 1..T, are wanted of the output, if not all.
         """
         if not self.complete:
             raise LocalProtocolError("a step is running: one at a time")
-        if hidden.dim() != 3 or hidden.shape[0] != self.batch or hidden.shape[1] < 1:
-            raise LocalProtocolError(f"hidden states of shape {tuple(hidden.shape)}, due is ({self.batch}, T, C)")
+        shape = tuple(hidden.shape)
+        if len(shape) != 3 or shape[0] != self.batch or shape[1] < 1:
+            raise LocalProtocolError(f"hidden states of shape {shape}, due is ({self.batch}, T, C)")
         self._histories[0].truncate(self.position)
         self._histories[0].write(self.position, hidden)
-        self.target = self.position + hidden.shape[1]
+        self.target = self.position + shape[1]
         self._begin_output(last)
 
     def _begin_output(self, last: int | None = None) -> None:
@@ -369,7 +372,7 @@ class Pipeline:
             history = self._histories[border] = History()
         return history
 
-    def inputs(self, action: Send) -> Tensor:
+    def inputs(self, action: Send) -> Hidden:
         """(B, T, C): what to send."""
         return self._history(action.hop).read(action.start, action.end)
 
@@ -407,7 +410,7 @@ class Pipeline:
         """The server is being asked, or will be by the hop before it."""
         self._under_way[action.hop] = action
 
-    def replied(self, action: Send, output: Tensor) -> None:
+    def replied(self, action: Send, output: Hidden) -> None:
         """`output` (B, T, C) of the hop's last block for the tokens that were sent, or the last T of them."""
         hop = action.hop
         hop.happened(HopEvent.REPLIED)

@@ -18,8 +18,9 @@ import trio
 from torch import Tensor
 
 from petalite import bridge, limits
-from petalite.client.calls import Asked, Calls, Encoded, Outcome, Step, Terms
+from petalite.client.calls import Asked, Calls, Outcome, Step, Terms
 from petalite.client.given import Given
+from petalite.client.hidden import Hidden, as_tensor
 from petalite.client.hop import Hop, HopState
 from petalite.client.pacing import LEAST_TOKENS, piece_length
 from petalite.client.pipeline import Action, Check, Extend, Intervene, Open, Pipeline, Plan, Push, Relay, Send
@@ -181,7 +182,7 @@ class InferenceSession:
         self._check_size(hidden, last)
         values = self._calls.own(hidden)
         if self._interventions:
-            values = await self._intervene(0, values)
+            values = await self._intervene(0, as_tensor(values))
         self._hand_over()
         # Whoever intervenes behind the last block gets all.
         pipeline.feed(values, None if self._terms.layers in self._interventions else last)
@@ -365,9 +366,9 @@ class InferenceSession:
             length = await self._calls.extend(action.hop, action.least)  # less to spare, but enough
         self._pipeline.extended(action.hop, length)
 
-    def _step_of(self, send: Send, following: Sequence[Send] = (), encoded: Encoded | None = None) -> Step:
+    def _step_of(self, send: Send, following: Sequence[Send] = (), inputs: Hidden | None = None) -> Step:
         look = partial(self._look, send, trio.current_time())
-        return Step(send, encoded or self._pipeline.inputs(send), self._pad, following, look)
+        return Step(send, self._pipeline.inputs(send) if inputs is None else inputs, self._pad, following, look)
 
     def _begin(self, send: Send, begin: Callable[[], Asked | None]) -> Asked | None:
         """Let a request about `send` leave at once, if it can; whoever waits for it then meets again what is wrong."""
@@ -481,9 +482,9 @@ class InferenceSession:
         begun: list[tuple[Step, Asked | None]] = []
         taken = 0
 
-        def begin(encoded: Encoded | None) -> None:
+        def begin(inputs: Hidden | None) -> None:
             i = len(begun)
-            step = self._step_of(sends[i], encoded=encoded)
+            step = self._step_of(sends[i], inputs=inputs)
             on_reply = None if i + 1 == len(sends) else partial(pass_on, i)
             begun.append((step, self._begin(sends[i], lambda: self._calls.begin_step(step, deadline, on_reply))))
 

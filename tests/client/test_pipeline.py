@@ -442,7 +442,9 @@ def test_no_hop_is_given_two_things_to_do_at_once() -> None:
     for hop in pipeline.hops:
         hop.position = 0  # as after a step that was cut off: all have inputs of their own
     actions = pipeline.ready(push=True)
-    hops = [send.hop for action in actions for send in (action.sends if isinstance(action, Push | Relay) else (action,))]  # type: ignore[union-attr]
+    hops = [
+        send.hop for action in actions for send in (action.sends if isinstance(action, Push | Relay) else (action,))
+    ]  # type: ignore[union-attr]
     assert len(hops) == len(set(map(id, hops))) == 3
 
 
