@@ -119,10 +119,46 @@ def _decode(descriptor: Descriptor, buffer: Buffer, device: torch.device | str |
     return _tensor(buffer, _TORCH[descriptor.dtype]).view(descriptor.shape).to(device)
 
 
+class Inlet:
+    """Where the few values of messages of one kind become a tensor of `dtype` and `shape`, the same one each time: that
+    asks torch for nothing. What `take` gave last is overwritten by the next.
+    """
+
+    def __init__(self, descriptor: Descriptor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        self._descriptor = descriptor
+        self._have, self._want = descriptor.dtype, _WIRE[dtype]
+        self._values = torch.empty(shape, dtype=dtype)
+        bits = self._values.view(torch.int16) if self._want == "bf16" else self._values
+        self._array: np.ndarray[Any, Any] = bits.numpy().reshape(-1).view(DTYPES[self._want])
+
+    @staticmethod
+    def serves(descriptor: Descriptor, dtype: torch.dtype) -> bool:
+        """Whether such values are few, and numpy can cast them."""
+        few = descriptor.codec == RAW and descriptor.nbytes <= FEW_BYTES
+        return few and _WIRE.get(dtype, "") in _CASTS.get(descriptor.dtype, ())
+
+    def take(self, buffer: Buffer) -> torch.Tensor | None:
+        """None where the bytes are too few or too many, or a value may not be finite: `from_wire` judges those."""
+        if len(buffer) != self._descriptor.nbytes or not surely_finite(self._have, buffer, self._want):
+            return None
+        self._array[:] = np.frombuffer(buffer, DTYPES[self._have])
+        return self._values
+
+
 def few_to_wire(tensor: torch.Tensor, dtype: str) -> memoryview | None:
     """The bytes of a copy of `tensor` as a `dtype`, all finite; None where `to_wire` has to do it."""
     few = _encode_few(tensor, dtype) if tensor.nbytes <= FEW_BYTES else None
     return None if few is None else few.data.cast("B")
+
+
+def few_from_wire(descriptor: Descriptor, buffer: memoryview) -> torch.Tensor:
+    """The tensor of a raw `buffer`, which is writable, aligned, as large as it should be, and known to hold no NaN or
+    infinity; they share memory.
+    """
+    array = np.frombuffer(buffer, DTYPES[descriptor.dtype]).reshape(descriptor.shape)
+    if descriptor.dtype == "bf16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
 def _encode_few(tensor: torch.Tensor, dtype: str) -> np.ndarray[Any, np.dtype[Any]] | None:

@@ -142,7 +142,7 @@ class Calls:
         `on_reply` gets the reply in the task that has read it, before whoever waits wakes up. Raises what
         `PeerConnection.begin` raises.
         """
-        return self._begin(step.send.hop.peer, lambda: self._step_request(step), deadline, on_reply)
+        return self._begin(step.send.hop.peer, self._step_request(step), deadline, on_reply)
 
     async def step(self, step: Step, asked: Asked | None = None) -> Outcome:
         """Run one step, which may have been `asked` for already.
@@ -155,14 +155,14 @@ class Calls:
     def _begin(
         self,
         peer: PeerId,
-        make: Callable[[], _Request],
+        request: _Request,
         deadline: float,
         on_reply: Callable[[Reply], None] | None = None,
     ) -> Asked | None:
         connection = self._node.endpoint.connected(peer)
         if connection is None or deadline == -math.inf:  # cancelled
             return None
-        method, head, body, options = make()
+        method, head, body, options = request
         return Asked(connection, connection.begin(method, head, body, deadline, on_reply=on_reply, **options))
 
     async def _reply(self, peer: PeerId, make: Callable[[], _Request], asked: Asked | None) -> Reply:
@@ -199,7 +199,7 @@ class Calls:
         """The steps of a decoding differ in two numbers only."""
         send, pad = step.send, step.pad
         sid, n, start = send.hop.sid, send.n, send.start
-        route = [(other.hop.peer, other.hop.sid, other.n - n) for other in step.following]
+        route = [(other.hop.peer, other.hop.sid, other.n - n) for other in step.following] if step.following else []
         last = (step.following[-1] if step.following else send).last
         like = (send.reorder, pad, last, route, descriptor)
         known = self._heads.get(sid)
@@ -223,7 +223,7 @@ class Calls:
 
     def begin_await(self, send: Send, deadline: float) -> Asked | None:
         """Ask for the output of a step that the hop before brings, as `begin_step` does."""
-        return self._begin(send.hop.peer, lambda: self._await_request(send), deadline)
+        return self._begin(send.hop.peer, self._await_request(send), deadline)
 
     async def await_pushed(self, send: Send, asked: Asked | None) -> Outcome:
         """The output of a step that the hop before brings, which may have been `asked` for already."""

@@ -37,7 +37,7 @@ def as_tensor(hidden: Hidden) -> Tensor:
     """(B, T, C) in the wire's dtype."""
     if isinstance(hidden, Tensor):
         return hidden
-    return bridge.from_wire(hidden.tensor, hidden.body[0]) if hidden.values is None else hidden.values
+    return bridge.few_from_wire(hidden.tensor, hidden.body[0]) if hidden.values is None else hidden.values
 
 
 def few_as_they_came(tensor: Descriptor, body: memoryview) -> Encoded | None:

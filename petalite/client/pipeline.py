@@ -178,7 +178,8 @@ class Pipeline:
 
     def _begin_output(self, last: int | None = None) -> None:
         self._output = _Output(self.position, self.position if last is None else self.target - last)
-        self._reached = {cut: _Output(self.position) for cut in self._cuts}
+        if self._cuts:
+            self._reached = {cut: _Output(self.position) for cut in self._cuts}
 
     @property
     def complete(self) -> bool:
@@ -188,7 +189,10 @@ class Pipeline:
     @property
     def due(self) -> int:
         """Tokens of a row that the hop furthest behind has still to do."""
-        return self.target - min([hop.position for hop in self.hops], default=self.target)
+        least = self.target
+        for hop in self.hops:
+            least = min(least, hop.position)
+        return self.target - least
 
     @property
     def done_tokens(self) -> int:
@@ -259,14 +263,13 @@ class Pipeline:
         gap = self._first_gap()
         if gap is not None:
             return [Plan(gap)]
-        unopened: list[Action] = [Open(hop) for hop in self.hops if hop.state is HopState.NEW and not hop.busy]
-        if unopened:
-            return unopened[:1]  # in block order: waiting for room while holding room further on would be a deadlock
-        actions: list[Action] = [
-            Intervene(cut, reached.whole())
-            for cut, reached in self._reached.items()
-            if reached.pieces and reached.end >= self.target > self._histories[cut].length
-        ]
+        for hop in self.hops:
+            if hop.state is HopState.NEW and not hop.busy:
+                return [Open(hop)]  # in block order: waiting for room while holding room further on would be a deadlock
+        actions: list[Action] = []
+        for cut, reached in self._reached.items():
+            if reached.pieces and reached.end >= self.target > self._histories[cut].length:
+                actions.append(Intervene(cut, reached.whole()))
         for i, hop in enumerate(self.hops):
             action = None if hop.busy else self._action_of(hop)
             if isinstance(action, Send):
@@ -289,7 +292,7 @@ class Pipeline:
 
     def _action_of(self, hop: Hop) -> Action | None:
         start = hop.position
-        end = min(self.target, self._history(hop).length)
+        end = min(self.target, self._history_at(hop.blocks.start).length)
         if start >= end:
             return self._again(hop, end)
         if hop.state is HopState.UNSURE:
@@ -363,9 +366,6 @@ class Pipeline:
             and hop.max_len >= send.end
         )
 
-    def _history(self, hop: Hop) -> History:
-        return self._history_at(hop.blocks.start)
-
     def _history_at(self, border: int) -> History:
         history = self._histories.get(border)
         if history is None:
@@ -374,7 +374,7 @@ class Pipeline:
 
     def inputs(self, action: Send) -> Hidden:
         """(B, T, C): what to send."""
-        return self._history(action.hop).read(action.start, action.end)
+        return self._history_at(action.hop.blocks.start).read(action.start, action.end)
 
     # How it went
 

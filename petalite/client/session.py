@@ -122,12 +122,14 @@ class InferenceSession:
         self._node = node
         self._terms = terms
         self._pad = tuple(pad) if pad is not None and any(pad) else None
+        self._token_bytes = batch * hidden * bridge.torch_dtype(dtype).itemsize  # that are kept at each border
         self._history_limit = history_limit
         self._leftover: list[Hop] = []
         self._lost: list[str] = []
         self._lost_at: float | None = None
         self._told_waiting = False
         self._hand_over_at = 0.0
+        self._seen_draining = False
         self._trust = PushTrust(push)
         self._paced_for: object = None
         self._step_seconds: dict[PeerId, float] = {}
@@ -226,11 +228,10 @@ class InferenceSession:
             )
         if last is not None and not 1 <= last <= hidden.shape[1]:
             raise LocalProtocolError(f"the last {last} of {hidden.shape[1]} tokens are asked for")
-        tokens = self.position + hidden.shape[1]
+        tokens = self._pipeline.position + hidden.shape[1]
         if tokens > limits.MAX_SESSION_LENGTH:
             raise LocalProtocolError(f"a session of {tokens} tokens, the limit is {limits.MAX_SESSION_LENGTH}")
-        token_bytes = self._terms.batch * self._terms.hidden * bridge.torch_dtype(self._terms.dtype).itemsize
-        kept = tokens * token_bytes * self._pipeline.borders
+        kept = tokens * self._token_bytes * self._pipeline.borders
         if kept > self._history_limit:
             raise SessionError(
                 f"keeping {tokens} tokens for replay would take {kept / 2**20:.0f} MiB, "
@@ -304,14 +305,14 @@ class InferenceSession:
                 nursery.start_soon(self._perform, action)
 
     async def _perform(self, action: Action) -> None:
-        if isinstance(action, Send):
-            await self._attempt(action.hop, "step", lambda: self._send(self._step_of(action)))
-        elif isinstance(action, Plan):
-            await self._plan(action)
-        elif isinstance(action, Relay):
+        if isinstance(action, Relay):
             await self._relay(action)
         elif isinstance(action, Push):
             await self._push(action)
+        elif isinstance(action, Send):
+            await self._attempt(action.hop, "step", lambda: self._send(self._step_of(action)))
+        elif isinstance(action, Plan):
+            await self._plan(action)
         elif isinstance(action, Intervene):
             self._pipeline.intervened(action, await self._intervene(action.border, action.hidden))
         elif isinstance(action, Open):
@@ -400,6 +401,7 @@ class InferenceSession:
     def _took(self, send: Send, outcome: Outcome) -> None:
         self._pipeline.replied(send, outcome.output)
         send.hop.draining = outcome.draining
+        self._seen_draining |= outcome.draining
         self._judge.succeeded(send.hop.peer)
         self._planner.progressed()
         self._node.succeeded(send.hop.peer)
@@ -463,7 +465,7 @@ class InferenceSession:
 
     def _hand_over(self) -> None:
         """Let others take over from servers that are leaving, if there are any; the old ones stay at hand meanwhile."""
-        if not any(hop.draining for hop in self._pipeline.hops) or trio.current_time() < self._hand_over_at:
+        if not self._seen_draining or trio.current_time() < self._hand_over_at:
             return
         self._hand_over_at = trio.current_time() + HAND_OVER_SECONDS
         for hop in [hop for hop in self._pipeline.hops if hop.draining and hop.state is HopState.OPEN]:
@@ -486,7 +488,7 @@ class InferenceSession:
             i = len(begun)
             step = self._step_of(sends[i], inputs=inputs)
             on_reply = None if i + 1 == len(sends) else partial(pass_on, i)
-            begun.append((step, self._begin(sends[i], lambda: self._calls.begin_step(step, deadline, on_reply))))
+            begun.append((step, self._begin(sends[i], partial(self._calls.begin_step, step, deadline, on_reply))))
 
         def pass_on(i: int, reply: Reply) -> None:
             output = self._calls.passed_on(sends[i], reply)
@@ -520,7 +522,7 @@ class InferenceSession:
         step = self._step_of(action.sends[0], action.sends[1:])
         parts = parts_of(action.sends)
         # First of all: nobody waits for the rest.
-        parts[0].asked = self._begin(step.send, lambda: self._calls.begin_step(step, deadline))
+        parts[0].asked = self._begin(step.send, partial(self._calls.begin_step, step, deadline))
         told = {(part.send.hop.peer, part.send.hop.sid, part.send.n): part.note_unpushed for part in parts}
         self._node.unpushed.update(told)
         try:

@@ -90,18 +90,18 @@ class Later:
 class Ready(Later):
     """A reply that is there. What is `left` to do is done once it has been handed on, so that nobody waits for that."""
 
-    __slots__ = ("_left",)
+    __slots__ = ("left", "reply")
 
     def __init__(self, reply: Reply, left: Callable[[], None]) -> None:
         super().__init__()
-        self.outcome = reply
-        self._left = left
+        self.outcome = self.reply = reply
+        self.left = left
 
     def tell(self, heard: Callable[[Reply | RequestError], None]) -> None:
         try:
             super().tell(heard)
         finally:
-            self._left()
+            self.left()
 
 
 Handler = Callable[[Call], Awaitable[Reply]]

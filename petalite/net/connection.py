@@ -197,7 +197,13 @@ class PeerConnection:
         left = min(deadline - now, patience)  # spec 03: until we give up
         deadline_ms = None if left == math.inf else max(0, math.ceil(left * 1000))
         request = self._core.send_request(
-            method, head or {}, body, now=now, priority=priority, max_reply=max_reply, deadline_ms=deadline_ms
+            method,
+            {} if head is None else head,
+            body,
+            now=now,
+            priority=priority,
+            max_reply=max_reply,
+            deadline_ms=deadline_ms,
         )
         request.waiter = _Waiter(on_progress, on_reply)
         request.late_at = now + patience

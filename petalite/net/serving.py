@@ -12,7 +12,7 @@ import trio
 
 from petalite.errors import ErrorCode, PetaliteError, RequestError
 from petalite.identity import PeerId
-from petalite.net.call import Call, Handler, Later, Reply
+from petalite.net.call import Call, Handler, Later, Ready, Reply
 from petalite.wire.connection import Connection
 from petalite.wire.state import StreamState
 from petalite.wire.streams import PeerRequest
@@ -58,6 +58,8 @@ class Serving:
         answer = self._called(request)
         if answer is None:
             self._core.finish(request)  # the caller flushes
+        elif isinstance(answer, Ready):
+            self._answer_now(request, answer)
         elif isinstance(answer, Later):
             self._laters[request] = (answer, _deadline(request))
             answer.tell(lambda outcome: self._settled(request, outcome))
@@ -99,6 +101,18 @@ class Serving:
         except Exception as error:  # noqa: BLE001  goes to the peer as an error, and to the log
             self._failed(request, error)
             return None
+
+    def _answer_now(self, request: PeerRequest, ready: Ready) -> None:
+        """The reply leaves first of all."""
+        try:
+            try:
+                self._core.send_reply(request, ready.reply.head, ready.reply.body, ready.reply.priority)
+            except Exception as error:  # noqa: BLE001  as in `_called`
+                self._failed(request, error)
+            self._flush()
+            self._core.finish(request)
+        finally:
+            ready.left()
 
     def _settled(self, request: PeerRequest, outcome: Reply | RequestError) -> None:
         if self._laters.pop(request, None) is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from petalite.errors import ErrorCode, LocalProtocolError, RequestError
 from petalite.server.scheduler import SHORT_TOKENS
 from petalite.server.sessions import Answer, Session
 from petalite.wire import messages
-from petalite.wire.heads import RepeatedHead, Template
+from petalite.wire.heads import RepeatedHead
 from petalite.wire.tensors import RAW, Descriptor
 from petalite.wire.writer import Priority
 
@@ -29,19 +28,16 @@ def answer_of(session: Session, step: messages.Step, output: torch.Tensor) -> An
         tensor, body = bridge.to_wire(output, opened.dtype, opened.codec, shape=shape)
     except LocalProtocolError as error:
         raise RequestError(ErrorCode.TENSOR, f"the result cannot be sent: {error}", {"retry": False}) from error
-    return answer_with(step, tensor, body)
+    return answer_with(session, step, tensor, body)
 
 
-def answer_with(step: messages.Step, tensor: Descriptor, body: Sequence[memoryview]) -> Answer:
+def answer_with(session: Session, step: messages.Step, tensor: Descriptor, body: Sequence[memoryview]) -> Answer:
     """The answer to `step` that holds `tensor`, whose bytes are `body`."""
     batch, tokens, _ = tensor.shape
-    head = RepeatedHead(_reply_template(tensor), n=step.n, pos=step.pos + step.tensors[0].shape[1])
+    if session.answered is None or session.answered[0] is not tensor:
+        session.answered = (tensor, messages.StepReply(n=0, pos=0, tensors=(tensor,)).template("n", "pos"))
+    head = RepeatedHead(session.answered[1], n=step.n, pos=step.pos + step.tensors[0].shape[1])
     return Answer(head, body, (tensor,), Priority.STEP if batch * tokens <= SHORT_TOKENS else Priority.BULK)
-
-
-@functools.lru_cache(maxsize=64)
-def _reply_template(tensor: Descriptor) -> Template:
-    return messages.StepReply(n=0, pos=0, tensors=(tensor,)).template("n", "pos")
 
 
 def push_head(

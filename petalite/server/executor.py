@@ -23,8 +23,10 @@ T = TypeVar("T")
 STOP_SECONDS = 0.5
 
 
-Here = Callable[[Callable[[], None]], None]
-"""Runs a brief function in the event loop's thread."""
+class Here(Protocol):
+    """Runs a brief function in the event loop's thread."""
+
+    def __call__(self, function: Callable[[], T], /) -> T: ...
 
 
 class ThreadRunner(Protocol):
@@ -86,10 +88,7 @@ class Executor:
 
     def run_alone(self, function: Callable[[], T]) -> T:
         """What `function` gives, which is the whole of a step that `alone` lets run. `ran_alone` is due afterwards."""
-        results: list[T] = []
-        if self._here is not None:
-            self._here(lambda: results.append(function()))
-        return results[0]
+        return function() if self._here is None else self._here(function)
 
     def ran_alone(self, session: Hashable, group: Hashable, seconds: float, now: float) -> None:
         """Say, once the step is answered, that it took `seconds`, and that `session` may come back from `now` on."""

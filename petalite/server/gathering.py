@@ -36,7 +36,10 @@ class Gathering:
 
     def expects_by(self, time: float) -> bool:
         """Whether a session is likely to bring a step before `time`, or is late with one."""
-        return any(since + self._usual.get(session, 0.0) <= time for session, (since, _) in self._away.items())
+        for session, (since, _) in self._away.items():  # noqa: SIM110  a generator is one thing more to be fetched
+            if since + self._usual.get(session, 0.0) <= time:
+                return True
+        return False
 
     def until(self, group: Hashable, batch_seconds: float, now: float) -> float:
         """Until when a batch of the group should wait; `now` if for nobody. Who was waited for in vain is waited for

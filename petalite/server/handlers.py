@@ -45,7 +45,7 @@ class Handlers:
         self._admitting = admitting
         self._executor = executor
         self._served = served
-        steps = Steps(table, executor, pusher, lambda: not admitting())
+        steps = Steps(table, executor, pusher, admitting)
         self.methods: dict[str, Handler] = {
             "info": self.info,
             "manifest": self.manifest,

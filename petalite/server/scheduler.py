@@ -159,7 +159,8 @@ class Scheduler:
         """
         if not self.brief or tokens > SHORT_TOKENS or self.wanted or self._trains:
             return False
-        self._see_off(now)
+        if self._answered is not None:
+            self._see_off(now)
         if session is not None:
             self._gathering.came(session, now)
         if self._gathering.expects_by(now + self.short_seconds):

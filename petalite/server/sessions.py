@@ -100,6 +100,7 @@ class Session:
     running: Running | None = None
     early: object | None = None
     growth: Growth | None = None
+    answered: tuple[Descriptor, Template] | None = None
     pushed: tuple[object, Template] | None = None
     watchers: list[Watcher] = field(default_factory=list)
     state: SessionState = SessionState.OPENED

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import trio
 
 from petalite import bridge, limits
-from petalite.bloom.span import Part
+from petalite.bloom.span import Part, Span
 from petalite.errors import ErrorCode, RequestError
 from petalite.identity import PeerId
 from petalite.net.call import Call, Later, Ready, Reply
@@ -33,13 +34,16 @@ log = logging.getLogger("petalite.server")
 
 
 class Steps:
-    """Answers the requests that carry or await steps. `draining`: replies say that the server is about to leave."""
+    """Answers the requests that carry or await steps. Where it is not `admitting`, replies say that the server is about
+    to leave.
+    """
 
-    def __init__(self, table: SessionTable, executor: Executor, pusher: Pusher, draining: Callable[[], bool]) -> None:
+    def __init__(self, table: SessionTable, executor: Executor, pusher: Pusher, admitting: Callable[[], bool]) -> None:
         self._table = table
         self._executor = executor
         self._pusher = pusher
-        self._draining = draining
+        self._admitting = admitting
+        self._inlet: tuple[tuple[Descriptor, torch.dtype], bridge.Inlet] | None = None  # of the last kind of step
         self._inference = torch.inference_mode()  # of the event loop's thread: making one takes as long as entering it
 
     # The requests
@@ -64,16 +68,7 @@ class Steps:
         now = trio.current_time()
         session = self._table.find_pushed(call.peer, owner, message.sid, now)
         self._pusher.check_route(call.peer, message.next)
-        step = messages.Step(
-            sid=message.sid,
-            n=message.n,
-            pos=message.pos,
-            hypo=message.hypo,
-            pad=message.pad,
-            last=message.last,
-            next=message.next,
-            tensors=message.tensors,
-        )
+        step = messages.Step.from_wire(call.head)  # all that a step has, a push has too
         push = object()
 
         def ended(error: RequestError | None) -> None:
@@ -104,7 +99,7 @@ class Steps:
         return _Want(self._table, session, call, find, self._reply, message.n).begin()
 
     def _reply(self, answer: Answer) -> Reply:
-        head = {**answer.head, "drain": True} if self._draining() else answer.head
+        head = answer.head if self._admitting() else {**answer.head, "drain": True}
         return Reply(head, answer.body, answer.priority)
 
     # What they share
@@ -130,43 +125,56 @@ class Steps:
         Raises RequestError where it fails; it is settled then.
         """
         batch, tokens, _ = step.tensors[0].shape
-        if step.n != session.n or session.in_progress or step.hypo is not None or session.span.asynchronous:
+        span = session.additions.span
+        if step.n != session.n or session.in_progress or step.hypo is not None or span.asynchronous:
             return None
         if not self._executor.alone(batch * tokens, session.key, now):
             return None
         running = self._table.admit(session, step, call.body, now, push=push)
         if not isinstance(running, Running):
             return None
-        outcome = self._executor.run_alone(lambda: self._pass_through(session, running))
+        outcome = self._executor.run_alone(partial(self._pass_through, session, running, span))
         seconds = trio.current_time() - now
 
         def settle() -> None:
             ended = trio.current_time()
-            self._executor.ran_alone(session.key, session.span, seconds, ended)
+            self._executor.ran_alone(session.key, span, seconds, ended)
             self._table.settle(session, outcome, ended)
 
         if isinstance(outcome, RequestError):
             outcome = outcome if push is None else _as_pushed(outcome)
             settle()
             raise _copied(outcome)
-        self._push_on(session, step, outcome, call.deadline)
+        if step.next is not None:
+            self._push_on(session, step, outcome, call.deadline)
         return _Done(outcome, settle)
 
-    def _pass_through(self, session: Session, running: Running) -> Answer | RequestError:
+    def _pass_through(self, session: Session, running: Running, span: Span) -> Answer | RequestError:
         """From bytes to bytes. A step that is malformed leaves the cache as it was."""
         step, rows = running.step, session.rows
         batch, tokens, hidden = step.tensors[0].shape
         cache = rows.views[0]
         try:
             with self._inference:
-                entering = bridge.from_wire(
-                    step.tensors[0], running.body, cache.device, cache.dtype, (batch * tokens, hidden)
-                )
-                rows.truncate(step.pos)
+                entering = self._entering(step.tensors[0], running.body, cache, (batch * tokens, hidden))
+                if session.position > step.pos:
+                    rows.truncate(step.pos)
                 part = Part(rows, tokens, step.pos, step.pad, session.additions.prompts)
-                return answer_of(session, step, session.span.step_batch(entering, (part,)))
+                return answer_of(session, step, span.step_batch(entering, (part,)))
         except Exception as error:  # noqa: BLE001  whatever torch raises ends this step alone, see `as_answer`
             return as_answer(error)
+
+    def _entering(
+        self, tensor: Descriptor, body: bytearray, cache: torch.Tensor, shape: tuple[int, int]
+    ) -> torch.Tensor:
+        """What enters the blocks, whose cache is `cache`; it may share memory with what entered them last."""
+        kind = (tensor, cache.dtype)
+        if self._inlet is None or self._inlet[0] != kind:
+            self._inlet = None
+            if cache.is_cpu and bridge.Inlet.serves(*kind):
+                self._inlet = (kind, bridge.Inlet(*kind, shape))
+        few = None if self._inlet is None else self._inlet[1].take(body)
+        return bridge.from_wire(tensor, body, cache.device, cache.dtype, shape) if few is None else few
 
     # Steps in a queue
 
@@ -207,7 +215,7 @@ class Steps:
             ),
             meanwhile=running.take_digest,
             finish=lambda output: answer_of(session, step, output),
-            finish_raw=lambda data: answer_with(step, step.tensors[0], (memoryview(data),)),
+            finish_raw=lambda data: answer_with(session, step, step.tensors[0], (memoryview(data),)),
             started=started,
             settled=settled,
             work=work,

@@ -234,10 +234,12 @@ class SessionTable:
         if step.n != session.n:
             raise out_of_order(session)
         self._check_fits(session, step)
-        _check_load(step, load)
+        if load:
+            _check_load(step, load)
         session.state = following
         session.running = Running(step, body, pushed=push is not None)
-        session.notify()
+        if session.watchers:
+            session.notify()
         return session.running
 
     def _check_fits(self, session: Session, step: Step) -> None:
@@ -246,12 +248,13 @@ class SessionTable:
         if rows != opened.batch or hidden != session.span.config.hidden_size:
             text = f"tensor 'h' is {rows} x {tokens} x {hidden}, due is {opened.batch} x T x"
             raise RequestError(ErrorCode.TENSOR, f"{text} {session.span.config.hidden_size}")
-        if step.pos > session.position:
-            text = f"step begins at {step.pos}, the session holds {session.position} tokens"
-            raise RequestError(ErrorCode.POSITION, text, {"pos": session.position})
+        position = session.position
+        if step.pos > position:
+            text = f"step begins at {step.pos}, the session holds {position} tokens"
+            raise RequestError(ErrorCode.POSITION, text, {"pos": position})
         if step.pos + tokens > session.rows.length:
             text = f"{step.pos} + {tokens} tokens exceed the session's {session.rows.length}"
-            raise RequestError(ErrorCode.LENGTH, text, {"max_len": session.rows.length, "pos": session.position})
+            raise RequestError(ErrorCode.LENGTH, text, {"max_len": session.rows.length, "pos": position})
 
     def awaited(self, session: Session, n: int, now: float) -> Answer | Running | None:
         """Step `n`, which another peer will bring: its Answer, the Running it is, or None while it has not come."""
@@ -395,6 +398,6 @@ class SessionTable:
 
 def _check_load(step: Step, load: int) -> None:
     rows, tokens, _ = step.tensors[0].shape
-    if load and load + rows * tokens > limits.PEER_QUEUED_TOKENS:
+    if load + rows * tokens > limits.PEER_QUEUED_TOKENS:
         text = f"{load} tokens of yours wait, with these {rows * tokens} more than {limits.PEER_QUEUED_TOKENS}"
         raise RequestError(ErrorCode.BUSY, text, {"retry": True, "after": 1000})

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import trio
 
 from petalite.bloom.span import Span
 from petalite.server.measure import measure_rates
+
+T = TypeVar("T")
 
 # More threads must pay for themselves: small products run as fast on one, and a busy machine punishes waiting.
 WORTH_IT = 1.15
@@ -53,8 +56,8 @@ class CountedThreads:
         """A cancelled wait leaves the thread to run out: a matrix product cannot be stopped."""
         await trio.to_thread.run_sync(functools.partial(self.here, function), abandon_on_cancel=True)
 
-    def here(self, function: Callable[[], None]) -> None:
+    def here(self, function: Callable[[], T]) -> T:
         """Run `function` in this thread."""
         if torch.get_num_threads() != self.count:
             torch.set_num_threads(self.count)
-        function()
+        return function()

@@ -17,7 +17,6 @@ from typing import (
     NamedTuple,
     Self,
     TypeVar,
-    cast,
     dataclass_transform,
     get_type_hints,
 )
@@ -183,7 +182,7 @@ class Message:
             known = received.pattern.made.get(cls)
             if known is None:
                 known = received.pattern.made[cls] = cls.from_wire(dict(received))
-            return cast(Self, known)._with_integers(received)
+            return known._with_integers(received)
         if type(received) is not dict:
             raise RequestError(ErrorCode.BAD_REQUEST, f"{cls.__name__} must be a map")
         refuse_critical(received)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -105,8 +105,10 @@ def _size_in_body(descriptor: Descriptor) -> int:
     return size
 
 
-def total_size(descriptors: Iterable[Descriptor]) -> int:
+def total_size(descriptors: Sequence[Descriptor]) -> int:
     """Bytes of a body that holds these tensors; FieldError(TENSOR) if a body cannot."""
+    if len(descriptors) == 1:
+        return descriptors[0].nbytes
     total = sum(descriptor.nbytes for descriptor in descriptors)
     if total > MAX_BODY:
         raise FieldError(f"tensors of {total} bytes, larger than a body of {MAX_BODY}", ErrorCode.TENSOR)

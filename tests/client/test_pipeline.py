@@ -135,7 +135,7 @@ class World:
             self.servers.pop(hop.sid, None)
             pipeline.forgotten(hop)
         elif failure in ("done, but cut off", "done, but late") and isinstance(action, Send):
-            if action.end <= pipeline._history(hop).length:
+            if action.end <= pipeline._history_at(hop.blocks.start).length:
                 pipeline.started(action)
                 self.servers[hop.sid].run(action, pipeline.inputs(action))
             if failure == "done, but cut off":
