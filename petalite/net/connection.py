@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import trio
@@ -120,7 +121,7 @@ class PeerConnection:
     @property
     def leaving(self) -> bool:
         """No new request may start here."""
-        return self._core.leaving or self.closed.is_set()
+        return self._core.leaving
 
     @property
     def round_trip(self) -> float | None:
@@ -261,17 +262,18 @@ class PeerConnection:
             try:
                 async with trio.open_nursery() as pumps:
                     self._pumps = pumps.cancel_scope
-                    pumps.start_soon(self._pump, self._write_loop)
-                    await self._pump(self._read_loop)
-                    pumps.cancel_scope.cancel()
+                    pumps.start_soon(self._write_loop)
+                    pumps.start_soon(self._read_loop)
             finally:
                 self._end()
                 handlers.cancel_scope.cancel()
                 await self._transport.aclose()
 
-    async def _pump(self, pump: Callable[[], Awaitable[None]]) -> None:
+    @contextmanager
+    def _pump(self) -> Iterator[None]:
+        """Around each of them. No coroutine: all that stand around a wait are resumed whenever something arrives."""
         try:
-            await pump()
+            yield
         except (PeerLost, trio.BrokenResourceError, trio.ClosedResourceError) as error:
             self._note_end(str(error) if isinstance(error, PeerLost) else f"connection broke: {error}")
             self._pumps.cancel()
@@ -291,40 +293,49 @@ class PeerConnection:
             heard()
 
     async def _read_loop(self) -> None:
-        try:
-            await self._read_frames()
-        except RemoteProtocolError as error:
-            log.info("peer %s at %s broke the protocol: %s", self.peer.short, self.address, ascii(str(error)))
-            self._note_end(f"the peer broke the protocol: {error}")
-            self._core.fail(error)
-            self._dispatch()
-            self._wake.set()  # the writer says GOAWAY; what still comes is read unseen, so that no reset overtakes it
-            scrap = memoryview(bytearray(limits.MAX_FRAME))
-            while await self._transport.receive_into(scrap):
-                pass
-
-    async def _read_frames(self) -> None:
         core, reader = self._core, self._reader
-        while True:
-            now = trio.current_time()
-            while (plain := reader.next_frame()) is not None:
-                core.receive_frame(plain, now)
-                if core.events:
-                    self._dispatch()
-            if core.writer:
-                self._flush()
-            while core.writer.control_bytes > limits.MAX_CONTROL_QUEUE:
-                # It makes us answer and reads no answer: stop listening until it does, or the writer gives up.
-                self._drained = trio.Event()
-                await self._drained.wait()
-            count = await self._transport.receive_into(reader.space())
-            if count == 0:
-                raise PeerLost("the peer said goodbye" if core.peer_leaving else "the peer closed it")
-            self.bytes_received += count
-            reader.received(count)
+        with self._pump():
+            try:
+                while True:
+                    self._take_frames()
+                    while core.writer.control_bytes > limits.MAX_CONTROL_QUEUE:
+                        # It makes us answer and reads no answer: stop listening until it does, or the writer gives up.
+                        self._drained = trio.Event()
+                        await self._drained.wait()
+                    count = await self._transport.receive_into(reader.space())
+                    if count == 0:
+                        raise PeerLost("the peer said goodbye" if core.peer_leaving else "the peer closed it")
+                    self.bytes_received += count
+                    reader.received(count)
+            except RemoteProtocolError as error:
+                await self._refuse_to_go_on(error)
+            self._pumps.cancel()
+
+    def _take_frames(self) -> None:
+        core, reader, now = self._core, self._reader, trio.current_time()
+        while (plain := reader.next_frame()) is not None:
+            core.receive_frame(plain, now)
+            if core.events:
+                self._dispatch()
+        if core.writer:
+            self._flush()
+
+    async def _refuse_to_go_on(self, error: RemoteProtocolError) -> None:
+        log.info("peer %s at %s broke the protocol: %s", self.peer.short, self.address, ascii(str(error)))
+        self._note_end(f"the peer broke the protocol: {error}")
+        self._core.fail(error)
+        self._dispatch()
+        self._wake.set()  # the writer says GOAWAY; what still comes is read unseen, so that no reset overtakes it
+        scrap = memoryview(bytearray(limits.MAX_FRAME))
+        while await self._transport.receive_into(scrap):
+            pass
 
     async def _write_loop(self) -> None:
         """Send what `_flush` could not, keep the clocks, and end the connection when it is finished."""
+        with self._pump():
+            await self._write_until_finished()
+
+    async def _write_until_finished(self) -> None:
         core = self._core
         tick_at = core.next_timer(trio.current_time())
         while not (core.finished and not core.writer and not self._rest):

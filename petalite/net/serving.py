@@ -123,7 +123,8 @@ class Serving:
             self._core.send_reply(request, outcome.head, outcome.body, outcome.priority)
         except Exception as error:  # noqa: BLE001  as in `_called`
             self._failed(request, error)
-        self._finish(request)
+        self._flush()
+        self._core.finish(request)
 
     def _failed(self, request: PeerRequest, error: Exception) -> None:
         """Whatever a handler raises ends its request alone."""

@@ -138,8 +138,9 @@ class Steps:
 
         def settle() -> None:
             ended = trio.current_time()
-            self._executor.ran_alone(session.key, span, seconds, ended)
-            self._table.settle(session, outcome, ended)
+            self._table.settle(session, outcome, ended)  # first of all: somebody may await it
+            back = session.running is not None  # with the next step, which waited for this one
+            self._executor.ran_alone(None if back else session.key, span, seconds, ended)
 
         if isinstance(outcome, RequestError):
             outcome = outcome if push is None else _as_pushed(outcome)

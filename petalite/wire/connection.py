@@ -226,12 +226,9 @@ class Connection:
         self._requester.max_streams = min(self.peer_hello.max_streams, limits.MAX_STREAMS)
         self.events.append(events.HelloReceived(self.peer_hello))
 
-    def _check_inline(self, frame: frames.Req | frames.Res) -> None:
-        if frame.body is not None and not self._inline:
-            raise RemoteProtocolError("a body in the frame of its head was not offered", GoAwayCode.FRAME)
-
     def _on_req(self, frame: frames.Req, now: float) -> None:
-        self._check_inline(frame)
+        if not self._inline:
+            _refuse_inline(frame)
         self.busy_at = now
         self._replier.on_req(frame, now)
 
@@ -239,7 +236,8 @@ class Connection:
         (self._requester if self._requester.owns(frame.stream) else self._replier).on_data(frame, now)
 
     def _on_res(self, frame: frames.Res, now: float) -> None:
-        self._check_inline(frame)
+        if not self._inline:
+            _refuse_inline(frame)
         self.busy_at = now
         self._requester.on_res(frame, now)
 
@@ -276,6 +274,11 @@ class Connection:
 
     def _on_ignorable(self, frame: frames.Ignorable, now: float) -> None:
         self.ignored_frames += 1
+
+
+def _refuse_inline(frame: frames.Req | frames.Res) -> None:
+    if frame.body is not None:
+        raise RemoteProtocolError("a body in the frame of its head was not offered", GoAwayCode.FRAME)
 
 
 _KNOWN_GOAWAYS = frozenset(GoAwayCode)

@@ -7,7 +7,7 @@ import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any
+from typing import Any, Never
 
 from petalite import limits
 from petalite.errors import GoAwayCode, LocalProtocolError, RemoteProtocolError
@@ -142,7 +142,8 @@ def encode_req(end: bool, method: str, head: bytes) -> bytes:
 
     This and `encode_res` do what `encode` does, without the object in between: they stand in the way of each step.
     """
-    return _within_limit(_REQ_START + (b"\x01" if end else b"\x00") + _packed_method(method) + head)
+    data = _REQ_START + (b"\x01" if end else b"\x00") + _packed_method(method) + head
+    return data if len(data) <= limits.MAX_HEAD_FRAME else _refuse(data)
 
 
 @functools.lru_cache(maxsize=64)
@@ -152,13 +153,12 @@ def _packed_method(method: str) -> bytes:
 
 
 def encode_res(stream: int, end: bool, head: bytes) -> bytes:
-    return _within_limit(b"\x94\x02" + packing.encode_uint(stream) + (b"\x01" if end else b"\x00") + head)
+    data = b"\x94\x02" + packing.encode_uint(stream) + (b"\x01" if end else b"\x00") + head
+    return data if len(data) <= limits.MAX_HEAD_FRAME else _refuse(data)
 
 
-def _within_limit(data: bytes) -> bytes:
-    if len(data) > limits.MAX_HEAD_FRAME:
-        raise LocalProtocolError(f"frame of {len(data)} bytes, limit {limits.MAX_HEAD_FRAME}")
-    return data
+def _refuse(data: bytes) -> Never:
+    raise LocalProtocolError(f"frame of {len(data)} bytes, limit {limits.MAX_HEAD_FRAME}")
 
 
 def _check_method(method: str) -> None:

@@ -401,8 +401,10 @@ class Step(Message):
 
     def check_together(self) -> None:
         _check_rows(self.hypo, self.pad, self.tensors)
-        _check_last(self.last, self.tensors)
-        _check_route(self.next)
+        if self.last is not None:
+            _check_last(self.last, self.tensors)
+        if self.next is not None:
+            _check_route(self.next)
 
     @property
     def answered(self) -> int:
@@ -478,8 +480,10 @@ class Push(Message):
 
     def check_together(self) -> None:
         _check_rows(self.hypo, self.pad, self.tensors)
-        _check_last(self.last, self.tensors)
-        _check_route(self.next)
+        if self.last is not None:
+            _check_last(self.last, self.tensors)
+        if self.next is not None:
+            _check_route(self.next)
 
 
 @message

@@ -129,7 +129,11 @@ class PriorityWriter:
         return frames
 
     def _one_turn(self, frames: list[Plain], longest: int) -> int:
-        queue = self._next_class()
+        queue = self._classes[0]
+        if self._messages == len(queue):  # only steps wait, as nearly always
+            self._turns_without_lower = 0
+        else:
+            queue = self._next_class()
         message = queue.popleft()
         written = 0
         if not message.begun:
@@ -152,9 +156,6 @@ class PriorityWriter:
         return written
 
     def _next_class(self) -> deque[Outgoing]:
-        if self._messages == len(self._classes[0]):  # only steps wait, as nearly always
-            self._turns_without_lower = 0
-            return self._classes[0]
         waiting = [queue for queue in self._classes if queue]
         if len(waiting) == 1:
             self._turns_without_lower = 0
