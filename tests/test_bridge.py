@@ -8,7 +8,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from petalite.bridge import all_finite, few_to_wire, from_wire, to_wire, wire_dtype
+from petalite.bridge import (
+    FEW_BYTES,
+    Inlet,
+    all_finite,
+    few_from_wire,
+    few_to_wire,
+    from_wire,
+    to_wire,
+    torch_dtype,
+    wire_dtype,
+)
 from petalite.errors import ErrorCode, LocalProtocolError, RequestError
 from petalite.wire import tensors
 from petalite.wire.tensors import Descriptor
@@ -125,6 +135,48 @@ def test_few_bfloat16_numbers_keep_their_bits(monkeypatch: pytest.MonkeyPatch) -
         to_wire(bad, "bf16")
     with pytest.raises(RequestError, match="NaN or infinity"):
         from_wire(Descriptor("h", "bf16", (9,)), bytearray(bad.view(torch.int16).numpy().tobytes()))
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
+@pytest.mark.parametrize("to", [torch.float32, torch.float16])
+def test_an_inlet_gives_what_decoding_gives_in_one_place(dtype: str, to: torch.dtype) -> None:
+    _check_inlet(dtype, to)
+
+
+def test_an_inlet_keeps_the_bits_of_bfloat16() -> None:
+    _check_inlet("bf16", torch.bfloat16)
+    assert not Inlet.serves(Descriptor("h", "bf16", (1, 1, 8)), torch.float32)
+
+
+def _check_inlet(dtype: str, to: torch.dtype) -> None:
+    descriptor = Descriptor("h", dtype, (1, 2, 20))
+    assert Inlet.serves(descriptor, to)
+    inlet = Inlet(descriptor, to, (2, 20))
+    places = set()
+    for seed in range(5):
+        values = torch.randn(40, generator=torch.Generator().manual_seed(seed))
+        _, (piece,) = to_wire(values, dtype)
+        got = inlet.take(bytearray(piece))
+        assert got is not None
+        assert torch.equal(got, from_wire(descriptor, bytearray(piece), dtype=to, shape=(2, 20)))
+        places.add(got.data_ptr())
+    assert len(places) == 1
+    for bad in (bytearray(piece)[:-2], bytearray(piece) + b"\0\0", bytearray(b"\xff" * len(piece))):
+        assert inlet.take(bad) is None
+
+
+def test_many_values_and_those_in_blocks_have_no_inlet() -> None:
+    assert not Inlet.serves(Descriptor("h", "f16", (1, 1, FEW_BYTES)), torch.float32)
+    assert not Inlet.serves(Descriptor("h", "f16", (1, 1, 64), "i8b64"), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
+def test_few_values_go_out_and_come_back(dtype: str) -> None:
+    values = torch.randn(2, 3, 8).to(torch_dtype(dtype))
+    body = few_to_wire(values, dtype)
+    assert body is not None
+    back = few_from_wire(Descriptor("h", dtype, (2, 3, 8)), body)
+    assert back.dtype == values.dtype and torch.equal(back, values)
 
 
 @pytest.mark.parametrize("count", [1, 9, MANY])

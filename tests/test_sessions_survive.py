@@ -10,12 +10,14 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import trio
 import trio.testing
 from transformers import BloomForCausalLM
 
+from petalite.client.calls import Calls
 from petalite.client.session import InferenceSession, SessionError
 from petalite.errors import ErrorCode, LocalProtocolError, PeerUnreachable, RequestError
 from petalite.identity import PeerId
@@ -439,6 +441,81 @@ def test_without_push_nothing_is_pushed() -> None:
         assert count.steps() == [TOKENS] * 3
 
     play(scene)
+
+
+def test_a_hop_gets_its_step_before_whoever_waits_hears_that_the_one_before_is_done(monkeypatch: Any) -> None:
+    order: list[str] = []
+    begin_step, took = Calls.begin_step, InferenceSession._took
+
+    def begin(self: Calls, step: Any, *rest: Any) -> Any:
+        order.append(f"asked {step.send.hop.blocks.start}")
+        return begin_step(self, step, *rest)
+
+    def note(self: InferenceSession, send: Any, outcome: Any) -> None:
+        order.append(f"took {send.hop.blocks.start}")
+        took(self, send, outcome)
+
+    async def scene() -> None:
+        async with open_world(load_parts(), SPANS) as world, world.client(push=False) as model:
+            monkeypatch.setattr(Calls, "begin_step", begin)
+            monkeypatch.setattr(InferenceSession, "_took", note)
+            assert tuple(await tell(model, model.encode(PROMPT), TOKENS)) == undisturbed()
+
+    play(scene)
+    one, two, three = (start for start, _ in SPANS)
+    decode = [f"asked {one}", f"asked {two}", f"took {one}", f"asked {three}", f"took {two}", f"took {three}"]
+    assert order[-6 * (TOKENS - 1) :] == decode * (TOKENS - 1)
+
+
+@pytest.mark.parametrize("hop", range(3))
+def test_what_a_server_should_not_have_answered_is_not_passed_on(hop: int) -> None:
+    """It is that server which is left, and the next never sees it."""
+    passed: list[bool] = []
+
+    async def scene() -> None:
+        async def tap(place: Place, call: Call, handler: Handler) -> Reply:
+            if call.method == "step":
+                passed.append(bool(np.isfinite(np.frombuffer(call.body, "<f4")).all()))
+            reply = await handler(call)
+            if call.method == "step" and place.host.name == f"10.0.{hop}.1" and len(passed) > 12:
+                (body,) = reply.body
+                return Reply(reply.head, (b"\xff" * len(bytes(body)),), reply.priority)
+            return reply
+
+        async with open_world(load_parts(), SPANS, SPARES, tap=tap, push=False) as world:
+            async with world.client(push=False) as model:
+                assert tuple(await tell(model, model.encode(PROMPT), TOKENS)) == undisturbed()
+            assert "NaN or infinity" in world.notices[0]
+
+    play(scene)
+    assert len(passed) > 12 and all(passed)
+
+
+def test_a_row_that_is_left_halfway_passes_nothing_on_afterwards(monkeypatch: Any) -> None:
+    """The second hop has its step already when it is found that it should not be asked."""
+    count = Count()
+    check_alive = InferenceSession._check_alive
+    steps = 0
+
+    def check(self: InferenceSession, hop: Any) -> None:
+        nonlocal steps
+        if hop.blocks.start == SPANS[1][0]:
+            steps += 1
+            if steps == 5:
+                raise PeerUnreachable("it was silent")
+        check_alive(self, hop)
+
+    async def scene() -> None:
+        async with (
+            open_world(load_parts(), SPANS, SPARES, tap=count, push=False) as world,
+            world.client(push=False) as model,
+        ):
+            monkeypatch.setattr(InferenceSession, "_check_alive", check)
+            assert tuple(await tell(model, model.encode(PROMPT), TOKENS)) == undisturbed()
+
+    play(scene)
+    assert steps >= 5
+    assert count.steps()[2] == TOKENS
 
 
 def test_pushes_that_do_not_arrive_are_replaced_by_the_client_and_tried_again_later() -> None:

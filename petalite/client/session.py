@@ -482,7 +482,7 @@ class InferenceSession:
         """
         sends, deadline = action.sends, trio.current_effective_deadline()
         begun: list[tuple[Step, Asked | None]] = []
-        taken = 0
+        done = 0
 
         def begin(inputs: Hidden | None) -> None:
             i = len(begun)
@@ -497,16 +497,18 @@ class InferenceSession:
 
         begin(None)
         try:
-            for taken, send in enumerate(sends, 1):
-                step, asked = begun[taken - 1] if taken <= len(begun) else (self._step_of(send), None)
+            for send in sends:
+                step, asked = begun[done] if done < len(begun) else (self._step_of(send), None)
                 await self._attempt(send.hop, "step", partial(self._send, step, asked))
                 if not send.done:
                     break
+                done += 1
         finally:
-            for step, asked in begun[taken:]:  # the hop before has answered, and was left all the same
+            for step, asked in begun[done:]:
                 if asked is not None:
-                    asked.drop()
-                self._pipeline.cut_off(step.send)
+                    asked.drop()  # nothing is passed on any more
+                if step is not begun[done][0]:  # the hop before has answered, and was left all the same
+                    self._pipeline.cut_off(step.send)
 
     def _may_push(self) -> bool:
         """Not in the step that wakes a parked session: everybody would have to dial everybody one after the other."""

@@ -9,6 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from petalite.bridge import from_wire, to_wire, torch_dtype
+from petalite.client.hidden import Encoded, as_tensor
 from petalite.client.history import LOOSE_TOKENS, History
 
 
@@ -82,6 +84,24 @@ def test_what_was_written_last_is_read_as_it_came() -> None:
     assert torch.equal(history.read(0, 500), values(0, 500))
 
 
+def test_memory_of_what_is_kept_as_it_travels_counts() -> None:
+    history = History()
+    tensor, body = to_wire(values(0, 3), "f16", "i8b64")
+    history.write(0, Encoded(tensor, body, from_wire(tensor, b"".join(body))))
+    history.write(3, Encoded(*to_wire(values(3, 7), "f16")))
+    assert history.nbytes == tensor.nbytes + 2 * 3 * 2 + 2 * 4 * 2
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
+def test_what_is_kept_as_it_travels_is_read_as_what_it_means(dtype: str) -> None:
+    history = History()
+    for i in range(3):
+        history.write(2 * i, Encoded(*to_wire(values(2 * i, 2 * i + 2), dtype)))
+    read = as_tensor(history.read(1, 6))
+    assert read.dtype == torch_dtype(dtype)
+    assert torch.equal(read.float(), values(1, 6))
+
+
 @pytest.mark.parametrize("loose", [1, 6, LOOSE_TOKENS])
 @given(operations=st.lists(st.tuples(st.sampled_from("wtr"), st.integers(0, 9), st.integers(0, 1)), max_size=30))
 def test_agrees_with_a_plain_list(loose: int, operations: list[tuple[str, int, int]]) -> None:
@@ -97,7 +117,8 @@ def check_against_a_plain_list(operations: list[tuple[str, int, int]]) -> None:
             start = min(number, history.length)
             stamp += 1
             new = [[stamp * 10 + row] * 4 for row in range(2)]
-            history.write(start, torch.tensor(new).unsqueeze(-1))
+            values = torch.tensor(new).unsqueeze(-1)
+            history.write(start, Encoded(*to_wire(values, "f32")) if which else values)
             for row, added in zip(rows, new, strict=True):
                 row += added[len(row) - start :] if start + 4 > len(row) else []
         elif kind == "t":

@@ -24,6 +24,7 @@ from petalite.errors import (
 from petalite.net.call import Call, Reply
 from petalite.net.connection import PeerConnection
 from petalite.testing import MemoryTransport, Pair, endpoint_pair
+from petalite.wire.streams import OwnRequest
 from petalite.wire.writer import Priority
 
 
@@ -273,6 +274,47 @@ async def test_a_peer_that_is_busy_is_not_dead(autojump_clock: MockClock) -> Non
         assert reply.head["done"] == 1 and trio.current_time() - begin == pytest.approx(10, abs=0.01)
         assert 15 <= len(seen) <= 20 and seen[0] == "queued" and seen[-1] == "running"
         assert pair.ab.round_trip is None or pair.ab.round_trip < 0.1
+
+
+async def test_the_task_that_reads_a_reply_can_ask_on_before_whoever_waits_wakes_up(autojump_clock: MockClock) -> None:
+    async with endpoint_pair({"echo": echo}) as pair:
+        order: list[str] = []
+        following: list[OwnRequest] = []
+
+        def ask_on(reply: Reply) -> None:
+            order.append("read")
+            following.append(pair.ab.begin("echo", {"after": reply.head["head"]["n"]}, (), math.inf))
+
+        first = pair.ab.begin("echo", {"n": 7}, (), math.inf, on_reply=ask_on)
+        await pair.ab.finish(first)
+        order.append("woken")
+        assert order == ["read", "woken"]
+        assert (await pair.ab.finish(following[0])).head["head"]["after"] == 7
+        await wait_all_tasks_blocked()
+        assert is_clean(pair)
+
+
+async def test_a_bug_in_on_reply_is_its_callers(autojump_clock: MockClock) -> None:
+    async with endpoint_pair({"echo": echo}) as pair:
+
+        def bug(reply: Reply) -> None:
+            raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            await pair.ab.finish(pair.ab.begin("echo", {}, (), math.inf, on_reply=bug))
+        assert (await pair.ab.request("echo", {"n": 1})).head["head"]["n"] == 1
+        await wait_all_tasks_blocked()
+        assert is_clean(pair)
+
+
+async def test_of_a_dropped_request_nothing_is_heard(autojump_clock: MockClock) -> None:
+    async with endpoint_pair({"echo": echo}) as pair:
+        heard: list[Reply] = []
+        pair.ab.drop(pair.ab.begin("echo", {}, (b"abc",), math.inf, max_reply=3, on_reply=heard.append))
+        assert (await pair.ab.request("echo", {"n": 1})).head["head"]["n"] == 1
+        await wait_all_tasks_blocked()
+        assert not heard
+        assert is_clean(pair)
 
 
 async def test_a_bug_in_on_progress_is_its_callers(autojump_clock: MockClock) -> None:
