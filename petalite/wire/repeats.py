@@ -31,10 +31,7 @@ class KnownHead(dict[str, Any]):
 
     __slots__ = ("pattern",)
 
-    def __init__(self, pattern: Pattern, integers: list[int]) -> None:
-        super().__init__(pattern.constants)
-        self.update(zip(pattern.names, integers, strict=True))
-        self.pattern = pattern
+    pattern: Pattern
 
 
 class Pattern:
@@ -78,7 +75,9 @@ class Pattern:
         start = at + len(last)
         if not data.startswith(last, at) or len(data) != start + self._body:
             return None
-        head = KnownHead(self, integers)
+        head = KnownHead(self.constants)
+        head.update(zip(self.names, integers, strict=True))
+        head.pattern = self
         if self._method is not None:
             return frames.Req(stream, self._end, self._method, head, data[start:])
         return frames.Res(stream, self._end, head, data[start:])
