@@ -374,13 +374,18 @@ def field(fields: Mapping[str, Any], name: str, rule: Rule, default: Any = REQUI
     return value
 
 
+def is_critical(name: str) -> bool:
+    """Of a field (PT-MSG-045)."""
+    return name[:1] == "!"
+
+
 def refuse_critical(fields: Mapping[str, Any]) -> None:
     """Unknown keys are ignored, but one that begins with "!" changes the meaning: RequestError(UNSUPPORTED).
 
     No version of this protocol that this library speaks defines such a key, so each is unknown.
     """
     for name in fields:
-        if name[:1] == "!":  # PT-MSG-045
+        if is_critical(name):
             raise RequestError(ErrorCode.UNSUPPORTED, f"critical field {name[:MAX_KEY]!r} is not known here")
 
 

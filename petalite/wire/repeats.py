@@ -7,6 +7,7 @@ looking at each field again. Anything else goes the usual way, so what is accept
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from petalite import limits
@@ -26,27 +27,45 @@ _STARTS: Final = frozenset({b"\x96\x01", b"\x95\x02"})  # REQ and RES with a bod
 _WIDTHS: Final = {0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8}  # of an integer behind its first byte
 
 
-class KnownHead(dict[str, Any]):
-    """A head that fits `pattern`: the same keys, and the same values but for the integers."""
+class KnownHead(Mapping[str, Any]):
+    """A head that fits `pattern`: the same keys, and the same values but for the `integers`."""
 
-    __slots__ = ("pattern",)
+    __slots__ = ("integers", "pattern")
 
-    pattern: Pattern
+    def __init__(self, pattern: Pattern, integers: list[int]) -> None:
+        self.pattern = pattern
+        self.integers = integers
+
+    def get(self, name: str, default: Any = None) -> Any:
+        at = self.pattern.places.get(name)
+        return self.pattern.constants.get(name, default) if at is None else self.integers[at]
+
+    def __getitem__(self, name: str) -> Any:
+        at = self.pattern.places.get(name)
+        return self.pattern.constants[name] if at is None else self.integers[at]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.pattern.constants
+        yield from self.pattern.places
+
+    def __len__(self) -> int:
+        return len(self.pattern.constants) + len(self.integers)
 
 
 class Pattern:
     """What frames like `frame` have in common, behind their stream. `made`: what others made of such a head, by type.
 
-    `pieces` stand before the integers `names` of the head, one each, and the last of them before the body.
+    `pieces` stand before the integers of the head, whose names have their `places` in that order, one each, and the
+    last of them before the body. No field is critical.
     """
 
-    __slots__ = ("_body", "_end", "_method", "constants", "made", "names", "pieces")
+    __slots__ = ("_body", "_end", "_method", "constants", "made", "pieces", "places")
 
     def __init__(self, frame: frames.Req | frames.Res, body: bytes) -> None:
         self._method = frame.method if isinstance(frame, frames.Req) else None
         self._end = frame.end
         self._body = len(body)
-        self.names: list[str] = []
+        self.places: dict[str, int] = {}
         self.constants: dict[str, Any] = {}
         self.pieces: list[bytes] = []
         self.made: dict[type, Any] = {}
@@ -55,7 +74,7 @@ class Pattern:
         for name, value in frame.head.items():
             piece += packing.encode(name)
             if type(value) is int and value >= 0:
-                self.names.append(name)
+                self.places[name] = len(self.places)
                 self.pieces.append(piece)
                 piece = b""
             else:
@@ -75,9 +94,7 @@ class Pattern:
         start = at + len(last)
         if not data.startswith(last, at) or len(data) != start + self._body:
             return None
-        head = KnownHead(self.constants)
-        head.update(zip(self.names, integers, strict=True))
-        head.pattern = self
+        head = KnownHead(self, integers)
         if self._method is not None:
             return frames.Req(stream, self._end, self._method, head, data[start:])
         return frames.Res(stream, self._end, head, data[start:])
@@ -111,6 +128,8 @@ class Repeats:
         """Asked before a pattern is made: a head of thousands of fields is not cut into as many pieces."""
         self._misses += 1
         if len(self._patterns) >= _MOST_PATTERNS and self._misses % _REPLACE_EVERY:
+            return False
+        if any(packing.is_critical(name) for name in frame.head):
             return False
         size = len(encoded) - len(frame.body or b"")
         return size <= _MOST_BYTES and packing.count_elements(frame.head) <= _MOST_ELEMENTS

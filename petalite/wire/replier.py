@@ -10,6 +10,7 @@ from petalite.errors import ErrorCode, LocalProtocolError, RemoteProtocolError, 
 from petalite.wire import events, frames, packing
 from petalite.wire.heads import encode_head
 from petalite.wire.quota import Quota
+from petalite.wire.repeats import KnownHead
 from petalite.wire.state import StreamEvent, StreamState
 from petalite.wire.streams import IncomingBody, PeerRequest, body_size, uint_field
 from petalite.wire.writer import Priority, PriorityWriter
@@ -159,14 +160,13 @@ class Replier:
             text = f"{limits.MAX_STREAMS} requests are open"
             raise RequestError(ErrorCode.REFUSED, text, {"retry": True, "after": 100})
         head = request.head
-        packing.refuse_critical(head)
+        if type(head) is not KnownHead:
+            packing.refuse_critical(head)
         size = body_size(frame)
         request.max_reply = uint_field(head, "max", 0)
         if head.get("dl") is not None:
             request.deadline_ms = min(uint_field(head, "dl", 0), int(limits.MAX_DEADLINE_SECONDS * 1000))
-        request.body = IncomingBody(size, self._quota, now)
-        if frame.body is not None:
-            request.body.add(frame.body, True, now)
+        request.body = IncomingBody(size, self._quota, now, frame.body)
 
     def _deliver(self, request: PeerRequest, now: float) -> None:
         request.handler_running = True

@@ -20,6 +20,7 @@ from petalite.errors import (
 from petalite.wire import events, frames, packing
 from petalite.wire.heads import encode_head
 from petalite.wire.quota import Quota
+from petalite.wire.repeats import KnownHead
 from petalite.wire.state import StreamEvent, StreamState
 from petalite.wire.streams import IncomingBody, OwnRequest, body_size, readable
 from petalite.wire.writer import Priority, PriorityWriter
@@ -133,7 +134,7 @@ class Requester:
 
     def _find(self, stream: int) -> OwnRequest | None:
         """Our open request; None for a closed one. Raises RemoteProtocolError for one that we never made."""
-        if not self.owns(stream) or stream >= self._next_id:
+        if stream % 2 != self._next_id % 2 or stream >= self._next_id:
             raise RemoteProtocolError(f"reply on stream {stream}, which was never requested")
         return self._open.get(stream)
 
@@ -142,20 +143,20 @@ class Requester:
         if request is None or not request.advance(StreamEvent.RES_END if frame.end else StreamEvent.RES):
             return
         try:
-            packing.refuse_critical(frame.head)
+            if type(frame.head) is not KnownHead:
+                packing.refuse_critical(frame.head)
             size = body_size(frame)
             if size > request.max_reply:
                 text = f"reply of {size} bytes, at most {request.max_reply} asked for"
                 raise RequestError(ErrorCode.RESOURCES, text)
             request.reply_head = frame.head
-            request.body = IncomingBody(size, self._quota, now)
-            if frame.body is not None:
-                request.body.add(frame.body, True, now)
+            if frame.body is None:
+                request.body = IncomingBody(size, self._quota, now)
         except RequestError as error:
             self._refuse_reply(request, error)
             return
-        if frame.end:
-            self._complete(request, request.body.buffer)
+        if frame.end:  # what came in this frame needs no reservation: its memory is the caller's from here on
+            self._complete(request, bytearray(frame.body or b""))
 
     def on_data(self, frame: frames.Data, now: float) -> None:
         event = StreamEvent.REPLY_DATA_END if frame.end else StreamEvent.REPLY_DATA
@@ -171,7 +172,8 @@ class Requester:
             self._complete(request, request.body.buffer)
 
     def _complete(self, request: OwnRequest, body: bytearray) -> None:
-        request.drop_body()
+        if request.body is not None:
+            request.drop_body()
         del self._open[request.stream]
         self._emit(events.ReplyReceived(request, request.reply_head, body))
 

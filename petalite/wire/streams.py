@@ -45,17 +45,19 @@ def body_size(frame: frames.Req | frames.Res) -> int:
 
 
 _FIRST_PART = 8 * 2**20
+_NOTHING = memoryview(bytearray())
 
 
 class IncomingBody:
     """A body of declared size, reserved whole before its first byte; memory is taken as bytes arrive.
 
-    Raises RequestError: BAD_REQUEST above MAX_BODY, RESOURCES when the quota has no room (retry later).
+    `whole`: all of it, where it came with its size. Raises RequestError: BAD_REQUEST above MAX_BODY, RESOURCES when the
+    quota has no room (retry later).
     """
 
     __slots__ = ("_marked", "_quota", "_view", "buffer", "filled", "progress_at", "size")
 
-    def __init__(self, size: int, quota: Quota, now: float) -> None:
+    def __init__(self, size: int, quota: Quota, now: float, whole: bytes | None = None) -> None:
         if size > limits.MAX_BODY:
             raise RequestError(ErrorCode.BAD_REQUEST, f"body of {size} bytes, limit {limits.MAX_BODY}")
         if not quota.reserve(size):
@@ -65,10 +67,10 @@ class IncomingBody:
                 {"retry": True, "after": 1000},
             )
         self.size = size
-        self.filled = 0
+        self.filled = 0 if whole is None else size
         self.progress_at = now
-        self.buffer = bytearray()
-        self._view = memoryview(self.buffer)
+        self.buffer = bytearray(whole or b"")
+        self._view = _NOTHING
         self._marked = 0
         self._quota: Quota | None = quota
 
@@ -79,7 +81,7 @@ class IncomingBody:
         if filled > self.size or (filled < self.size) == end:
             text = f"body of {filled} bytes{'' if end else ' or more'}, {self.size} declared"
             raise RequestError(ErrorCode.TENSOR, text)
-        if end and not start:  # all of it in one frame, as in every step
+        if end and not start:  # all of it in one frame
             self.buffer, self.filled = bytearray(data), filled
             return
         if filled > len(self.buffer):
@@ -95,8 +97,8 @@ class IncomingBody:
     def _grow(self, filled: int) -> None:
         """Room at once for the usual body; by doubling for a giant, so that declaring one costs its sender bytes."""
         room = min(self.size, max(filled, _FIRST_PART, 2 * len(self.buffer)))
-        self._view.release()
         if self.buffer:
+            self._view.release()
             self.buffer += bytes(room - len(self.buffer))
         else:
             self.buffer = bytearray(room)

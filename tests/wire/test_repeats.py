@@ -123,6 +123,26 @@ def test_a_known_head_is_no_message_of_another_kind() -> None:
         messages.Push.from_wire(head)
 
 
+def test_a_head_with_a_critical_field_is_never_known() -> None:
+    """Known heads are not looked at for such."""
+    repeats = Repeats()
+    for stream in (1, 3, 5):
+        head = repeats.decode(memoryview(step_frame(stream, 3, 9, {"!new": 1}))).head
+        assert type(head) is dict and head["!new"] == 1
+
+
+def test_a_known_head_is_read_as_any_other() -> None:
+    repeats = Repeats()
+    repeats.decode(memoryview(step_frame(1, 3, 9)))
+    head = repeats.decode(memoryview(step_frame(3, 4, 10))).head
+    assert type(head) is KnownHead
+    assert dict(head) == frames.decode(memoryview(step_frame(3, 4, 10))).head
+    assert len(head) == len(dict(head))
+    assert (head["n"], head.get("n"), head.get("nothing"), head.get("nothing", 7)) == (4, 4, None, 7)
+    with pytest.raises(KeyError):
+        head["nothing"]
+
+
 def test_what_a_peer_can_have_us_remember_is_bounded() -> None:
     """Empty maps are the largest objects that a byte can make."""
     repeats = Repeats()

@@ -7,15 +7,22 @@ that is what blocks cost which have a processor for themselves, and no program t
 
 Afterwards the same with bare sockets in place of servers (`_bare`), in turns with local steps too: what a hop costs on
 this machine before any protocol.
+
+All of it several times, each time with fresh processes: where the memory of a process happens to lie makes its blocks
+up to a fifth quicker or slower for as long as it lives. The median of the rounds counts.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import torch
 import trio
@@ -36,41 +43,66 @@ Ways = list[tuple[str, Callable[[torch.Tensor], Awaitable[object]]]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=int, default=300, help="of each kind")
+    parser.add_argument("--rounds", type=int, default=5, help="each with processes of its own; the median counts")
+    parser.add_argument("--steps", type=int, default=150, help="of each kind, in each round")
     parser.add_argument("--wire", choices=("f32", "f16"), default="f16", help="activations on the wire")
 
 
 def run(arguments: argparse.Namespace) -> Result:
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the servers; two threads for one token cost more than they bring
-    torch.set_num_threads(1)
-    result = Result("step", machine() | {"steps": arguments.steps, "wire": arguments.wire})
-    times = trio.run(_measure, arguments.steps, arguments.wire)
-    hops = _add(result, times)
-    for name in ("relayed", "pushed"):
-        result.bars[f"{name}: at most {BAR_MS} ms a hop"] = hops[name] <= BAR_MS
-    bare = _add(result, trio.run(_measure_bare, arguments.steps))["bare sockets"]
-    for name in ("relayed", "pushed"):
-        result.rows.append({"way": f"{name}, of bare sockets'", "ratio": hops[name] / bare})
+    result = Result("step", machine() | {name: getattr(arguments, name) for name in ("rounds", "steps", "wire")})
+    if arguments.rounds == 1:
+        result.rows = _round(arguments)
+    else:
+        result.rounds = [{"rows": _round_in_a_process(arguments)} for _ in range(arguments.rounds)]
+        result.rows = [_summary(rows) for rows in zip(*(made["rows"] for made in result.rounds), strict=True)]
+    for row in result.rows:
+        if row["way"] in ("relayed", "pushed"):
+            result.bars[f"{row['way']}: at most {BAR_MS} ms a hop"] = row["a hop ms"] <= BAR_MS
     return result
 
 
-def _add(result: Result, times: dict[str, list[float]]) -> dict[str, float]:
-    """A row for each way; gives their milliseconds a hop."""
+def _round_in_a_process(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    options = ["--rounds", "1", "--steps", str(arguments.steps), "--wire", arguments.wire]
+    command = [sys.executable, "-m", "tools.bench", "step", "--json", *options]
+    made = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+    rows: list[dict[str, Any]] = json.loads(made.stdout)["rows"]
+    return rows
+
+
+def _summary(rows: tuple[dict[str, Any], ...]) -> dict[str, Any]:
+    """Of what one row says in each round: medians, and between what a hop lies."""
+    made = {"way": rows[0]["way"]}
+    for name in ("step ms", "p90 ms", "ratio to local", "a hop ms", "ratio"):
+        if name in rows[0]:
+            made[name] = statistics.median(row[name] for row in rows)
+    if "a hop ms" in made:
+        hops = [row["a hop ms"] for row in rows]
+        made |= {"least": min(hops), "most": max(hops)}
+    return made
+
+
+def _round(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the servers; two threads for one token cost more than they bring
+    torch.set_num_threads(1)
+    rows = _rows(trio.run(_measure, arguments.steps, arguments.wire))
+    bare = _rows(trio.run(_measure_bare, arguments.steps))
+    of_bare = {row["way"]: row["a hop ms"] / bare[0]["a hop ms"] for row in rows if row["way"] in ("relayed", "pushed")}
+    return [*rows, *bare, *({"way": f"{name}, of bare sockets'", "ratio": ratio} for name, ratio in of_bare.items())]
+
+
+def _rows(times: dict[str, list[float]]) -> list[dict[str, Any]]:
+    """One for each way."""
     local = statistics.median(times["local"])
-    hops = {}
-    for name, seconds in times.items():
-        step = statistics.median(seconds)
-        hops[name] = 1e3 * (step - local) / len(SPANS)
-        result.rows.append(
-            {
-                "way": name,
-                "step ms": 1e3 * step,
-                "p90 ms": 1e3 * statistics.quantiles(seconds, n=10)[-1],
-                "a hop ms": hops[name],
-                "ratio to local": step / local,
-            }
-        )
-    return hops
+    return [
+        {
+            "way": name,
+            "step ms": 1e3 * statistics.median(seconds),
+            "p90 ms": 1e3 * statistics.quantiles(seconds, n=10)[-1],
+            "ratio to local": statistics.median(seconds) / local,
+            "a hop ms": 1e3 * (statistics.median(seconds) - local) / len(SPANS),
+        }
+        for name, seconds in times.items()
+    ]
 
 
 async def _measure(steps: int, wire: str) -> dict[str, list[float]]:
