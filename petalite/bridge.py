@@ -147,7 +147,7 @@ class Inlet:
 
 def few_to_wire(tensor: torch.Tensor, dtype: str) -> memoryview | None:
     """The bytes of a copy of `tensor` as a `dtype`, all finite; None where `to_wire` has to do it."""
-    few = _encode_few(tensor, dtype) if tensor.nbytes <= FEW_BYTES else None
+    few = _encode_few(tensor, dtype)
     return None if few is None else few.data.cast("B")
 
 
@@ -164,9 +164,14 @@ def few_from_wire(descriptor: Descriptor, buffer: memoryview) -> torch.Tensor:
 def _encode_few(tensor: torch.Tensor, dtype: str) -> np.ndarray[Any, np.dtype[Any]] | None:
     """A copy. None for types that numpy lacks, another device, values that may be too large: `to_wire` judges those."""
     have = _WIRE.get(tensor.dtype, "")
-    if dtype not in _CASTS.get(have, ()) or not tensor.is_cpu or tensor.requires_grad:
+    if dtype not in _CASTS.get(have, ()):
         return None
-    array: np.ndarray[Any, Any] = (tensor.view(torch.int16) if have == "bf16" else tensor).numpy()
+    try:
+        array: np.ndarray[Any, Any] = (tensor.view(torch.int16) if have == "bf16" else tensor).numpy()
+    except (TypeError, RuntimeError):  # on a device, or with a gradient: to ask for each beforehand takes as long
+        return None
+    if array.nbytes > FEW_BYTES:
+        return None
     kind = array.dtype if have == "bf16" else DTYPES[dtype]
     return array.astype(kind, "C") if surely_finite(have, array.tobytes(), dtype) else None
 
