@@ -27,6 +27,10 @@ class Quota:
         self.used += size
         return True
 
+    def has_room(self, size: int) -> bool:
+        """Whether `reserve` would take it: for a body that is handed on at once."""
+        return self.used + size <= self.limit and (self.parent is None or self.parent.has_room(size))
+
     def release(self, size: int) -> None:
         if size:
             self.used -= size

@@ -22,7 +22,7 @@ from petalite.wire.heads import encode_head
 from petalite.wire.quota import Quota
 from petalite.wire.repeats import KnownHead
 from petalite.wire.state import StreamEvent, StreamState
-from petalite.wire.streams import IncomingBody, OwnRequest, body_size, readable
+from petalite.wire.streams import IncomingBody, OwnRequest, body_size, no_room, readable
 from petalite.wire.writer import Priority, PriorityWriter
 
 _KNOWN_CODES = frozenset(ErrorCode)
@@ -152,10 +152,12 @@ class Requester:
             request.reply_head = frame.head
             if frame.body is None:
                 request.body = IncomingBody(size, self._quota, now)
+            elif not self._quota.has_room(size):
+                raise no_room(size, self._quota)
         except RequestError as error:
             self._refuse_reply(request, error)
             return
-        if frame.end:  # what came in this frame needs no reservation: its memory is the caller's from here on
+        if frame.end:  # what came in this frame is the caller's from here on, and reserved no longer
             self._complete(request, bytearray(frame.body or b""))
 
     def on_data(self, frame: frames.Data, now: float) -> None:

@@ -48,6 +48,11 @@ _FIRST_PART = 8 * 2**20
 _NOTHING = memoryview(bytearray())
 
 
+def no_room(size: int, quota: Quota) -> RequestError:
+    text = f"no room for a body of {size} bytes, {quota.left} left"
+    return RequestError(ErrorCode.RESOURCES, text, {"retry": True, "after": 1000})
+
+
 class IncomingBody:
     """A body of declared size, reserved whole before its first byte; memory is taken as bytes arrive.
 
@@ -61,11 +66,7 @@ class IncomingBody:
         if size > limits.MAX_BODY:
             raise RequestError(ErrorCode.BAD_REQUEST, f"body of {size} bytes, limit {limits.MAX_BODY}")
         if not quota.reserve(size):
-            raise RequestError(
-                ErrorCode.RESOURCES,
-                f"no room for a body of {size} bytes, {quota.left} left",
-                {"retry": True, "after": 1000},
-            )
+            raise no_room(size, quota)
         self.size = size
         self.filled = 0 if whole is None else size
         self.progress_at = now

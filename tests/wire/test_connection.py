@@ -284,6 +284,19 @@ def test_an_inline_request_and_reply_are_taken_and_accounted() -> None:
     assert isinstance(event, events.ReplyReceived) and event.body == b"xyz" and asking.quota.used == 0
 
 
+def test_an_inline_reply_that_the_budget_has_no_room_for_is_refused() -> None:
+    asking = Side(initiator=True, inline=(True, True), quota=5)
+    for _ in range(2):
+        asking.core.send_request("m", {}, now=0.0, max_reply=3)
+    asking.sent()
+    asking.feed(Res(1, False, {"size": 3}), Res(3, True, {"size": 3}, b"xyz"))
+    (event,) = asking.events()
+    assert isinstance(event, events.RequestFailed) and isinstance(event.error, RequestError)
+    assert event.error.code is ErrorCode.RESOURCES and "no room for a body of 3 bytes, 2 left" in event.error.text
+    asking.feed(Data(1, True, b"abc"))
+    assert asking.quota.used == 0
+
+
 @pytest.mark.parametrize(
     ("frame", "code"),
     [
