@@ -270,8 +270,8 @@ class PeerConnection:
                 await self._transport.aclose()
 
     @contextmanager
-    def _pump(self) -> Iterator[None]:
-        """Around each of them. No coroutine: all that stand around a wait are resumed whenever something arrives."""
+    def _noting_loss(self) -> Iterator[None]:
+        """Around each pump. No coroutine: all that stand around a wait are resumed whenever something arrives."""
         try:
             yield
         except (PeerLost, trio.BrokenResourceError, trio.ClosedResourceError) as error:
@@ -294,7 +294,7 @@ class PeerConnection:
 
     async def _read_loop(self) -> None:
         core, reader = self._core, self._reader
-        with self._pump():
+        with self._noting_loss():
             try:
                 while True:
                     self._take_frames()
@@ -332,7 +332,7 @@ class PeerConnection:
 
     async def _write_loop(self) -> None:
         """Send what `_flush` could not, keep the clocks, and end the connection when it is finished."""
-        with self._pump():
+        with self._noting_loss():
             await self._write_until_finished()
 
     async def _write_until_finished(self) -> None:
@@ -447,11 +447,8 @@ class PeerConnection:
         waiter.settle(reply)
 
     def _on_failed(self, event: events.RequestFailed) -> None:
-        self._settle(event.request, event.error)
-
-    def _settle(self, request: OwnRequest, outcome: Reply | Exception) -> None:
-        if request.waiter is not None:
-            request.waiter.settle(outcome)
+        if event.request.waiter is not None:
+            event.request.waiter.settle(event.error)
 
     def _on_progress(self, event: events.ProgressReceived) -> None:
         waiter = event.request.waiter

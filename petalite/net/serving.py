@@ -59,7 +59,10 @@ class Serving:
         if answer is None:
             self._core.finish(request)  # the caller flushes
         elif isinstance(answer, Ready):
-            self._answer_now(request, answer)
+            try:
+                self._send(request, answer.reply)  # first of all
+            finally:
+                answer.left()
         elif isinstance(answer, Later):
             self._laters[request] = (answer, _deadline(request))
             answer.tell(lambda outcome: self._settled(request, outcome))
@@ -102,21 +105,11 @@ class Serving:
             self._failed(request, error)
             return None
 
-    def _answer_now(self, request: PeerRequest, ready: Ready) -> None:
-        """The reply leaves first of all."""
-        try:
-            try:
-                self._core.send_reply(request, ready.reply.head, ready.reply.body, ready.reply.priority)
-            except Exception as error:  # noqa: BLE001  as in `_called`
-                self._failed(request, error)
-            self._flush()
-            self._core.finish(request)
-        finally:
-            ready.left()
-
     def _settled(self, request: PeerRequest, outcome: Reply | RequestError) -> None:
-        if self._laters.pop(request, None) is None:
-            return
+        if self._laters.pop(request, None) is not None:
+            self._send(request, outcome)
+
+    def _send(self, request: PeerRequest, outcome: Reply | RequestError) -> None:
         try:
             if isinstance(outcome, RequestError):
                 raise outcome
