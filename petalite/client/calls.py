@@ -149,7 +149,6 @@ class Calls:
 
         Raises ReplyLate too: after PIECE_SECONDS, and where `on_progress` does.
         """
-        asked = asked or self.begin_step(step, trio.current_effective_deadline())
         return self._outcome(step.send, await self._reply(step.send.hop.peer, lambda: self._step_request(step), asked))
 
     def _begin(

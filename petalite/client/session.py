@@ -129,7 +129,6 @@ class InferenceSession:
         self._lost_at: float | None = None
         self._told_waiting = False
         self._hand_over_at = 0.0
-        self._seen_draining = False
         self._trust = PushTrust(push)
         self._paced_for: object = None
         self._step_seconds: dict[PeerId, float] = {}
@@ -401,7 +400,6 @@ class InferenceSession:
     def _took(self, send: Send, outcome: Outcome) -> None:
         self._pipeline.replied(send, outcome.output)
         send.hop.draining = outcome.draining
-        self._seen_draining |= outcome.draining
         self._judge.succeeded(send.hop.peer)
         self._planner.progressed()
         self._node.succeeded(send.hop.peer)
@@ -465,7 +463,7 @@ class InferenceSession:
 
     def _hand_over(self) -> None:
         """Let others take over from servers that are leaving, if there are any; the old ones stay at hand meanwhile."""
-        if not self._seen_draining or trio.current_time() < self._hand_over_at:
+        if not any(hop.draining for hop in self._pipeline.hops) or trio.current_time() < self._hand_over_at:
             return
         self._hand_over_at = trio.current_time() + HAND_OVER_SECONDS
         for hop in [hop for hop in self._pipeline.hops if hop.draining and hop.state is HopState.OPEN]:

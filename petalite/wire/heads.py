@@ -23,8 +23,7 @@ class Template:
 
     def with_integers(self, integers: Mapping[str, int]) -> bytes:
         """The whole map, with `integers` of 0..2^64-1 under names that the template does not have."""
-        count = len(self.fields) + len(integers)
-        parts = [bytes((0x80 + count,)) if count < 16 else map_header(count), self._encoded]
+        parts = [map_header(len(self.fields) + len(integers)), self._encoded]
         for name, value in integers.items():
             parts += _packed_key(name), packing.encode_uint(value)
         return b"".join(parts)

@@ -260,14 +260,14 @@ def _check_rows(hypo: tuple[int, ...] | None, pad: tuple[int, ...] | None, tenso
         raise FieldError(f"field 'hypo' must hold integers in 0..{rows - 1}")
 
 
-def _check_last(last: int | None, tensors: tuple[Descriptor, ...]) -> None:
+def _check_last(last: int, tensors: tuple[Descriptor, ...]) -> None:
     tokens = tensors[0].shape[1]
-    if last is not None and last > tokens:
+    if last > tokens:
         raise FieldError(f"field 'last' is {last}, tensor 'h' has {tokens} tokens")
 
 
-def _check_route(next_: tuple[Hop, ...] | None) -> None:
-    if next_ is not None and len({hop.peer for hop in next_}) != len(next_):
+def _check_route(next_: tuple[Hop, ...]) -> None:
+    if len({hop.peer for hop in next_}) != len(next_):
         raise FieldError("field 'next' names a peer twice")
 
 
