@@ -92,7 +92,8 @@ class World:
                             pipeline.cut_off(later)
                     return
                 pipeline.started(send)
-                inputs = pipeline.inputs(send) if carried is None else carried
+                # What a hop is pushed we do not send; what we pass on we could also send from what is kept.
+                inputs = pipeline.inputs(send) if carried is None or isinstance(action, Relay) else carried
                 carried = self.run(send, inputs)
                 if carried is None:
                     return
